@@ -1,0 +1,80 @@
+"""What several test files share: the golden numbers and the rule behind their weights, and the optional shared folder."""
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def gen(key, shape):
+    """The weight that golden numbers were made with: a function of the public key's name alone (golden/README.md)."""
+    a = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(shape)
+    last = key.split(".")[-1]
+    scale, offset = {"bias": (.05, 0), "gamma": (.1, 1), "running_mean": (.3, 0), "running_var": (.2, 1)}.get(last, (.5, 0))
+    if last == "weight":
+        scale, offset = (.1, 1) if len(shape) == 1 else (1 / math.sqrt(math.prod(shape[1:])), 0)
+    if "embedding_table" in key:
+        scale = .5
+    return (scale * a + offset).astype(np.float32)
+
+
+class Golden:
+    """One .npz of public code's results: g["name"], g.state("X"), g.input("name"), g.pick("name", full)."""
+
+    def __init__(self, name):
+        self.d = np.load(GOLDEN / f"{name}.npz")
+        self.slices = dict(s.split("|") for s in self.d["slices"]) if "slices" in self.d else {}
+        self.recipes = {s.split("|")[0]: s.split("|")[1:] for s in self.d["recipes"]} if "recipes" in self.d else {}
+
+    def __getitem__(self, name):
+        return self.d[name]
+
+    def __contains__(self, name):
+        return name in self.d
+
+    def state(self, network, strip=""):
+        """The state dict of a network, float32 torch tensors under the public names (less the prefix `strip`)."""
+        pairs = [s.split(":") for s in self.d[f"{network}.keys"]]
+        state = {k: torch.from_numpy(gen(k, tuple(map(int, s.split(","))))) for k, s in pairs}
+        total = sum(v.double().abs().sum().item() for v in state.values())
+        assert abs(total / float(self.d[f"{network}.abs_sum"]) - 1) < 1e-9
+        return {k.removeprefix(strip): v for k, v in state.items()}
+
+    def input(self, name):
+        """An input tensor, stored or drawn again by its recipe."""
+        if name in self.d:
+            return torch.from_numpy(self.d[name])
+        seed, shape, scale = self.recipes[name]
+        a = np.random.RandomState(int(seed)).standard_normal(tuple(map(int, shape.split(","))))
+        return torch.from_numpy((float(scale) * a).astype(np.float32))
+
+    def pick(self, name, full):
+        """The part of our full result that the file keeps of `name` (numpy)."""
+        full = full.detach().numpy() if torch.is_tensor(full) else full
+        return eval("full[" + self.slices[name] + "]", {"full": full}) if name in self.slices else full
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return Golden
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder named by REALS_SHARED, with photographs and judge networks; tests that need it skip without."""
+    if not os.environ.get("REALS_SHARED"):
+        pytest.skip("REALS_SHARED is not set: no photographs and no judge networks here")
+    return Path(os.environ["REALS_SHARED"])
+
+
+def relative(a, b):
+    """Greatest absolute difference over greatest absolute value of b, the measure of every agreement in these tests."""
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return ((a - b).abs().max() / b.abs().max()).item()
