@@ -1,0 +1,235 @@
+"""Samples from a trained SiT or DiT: pictures for the eye, 50,000 images for an evaluator, masks and depth from latents.
+
+    python sample.py --cfg 1.8                                          # 16 images from out/sit, Table 4's best guidance
+    torchrun --nproc_per_node=8 sample.py --cfg 1.8 --num 50000 --npz   # Table 4's 1.82: then fid.py out/samples/samples.npz
+    python sample.py --cfg 4 --interval 0 1 --classes 207 360           # Figure 3
+
+Image i is a function of (--seed, i) alone: not of the batch size, of the number of processes, or of what else is drawn.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import vae as V
+from dino import Depth, Segmenter
+from sit import PUBLIC, Diffusion, Flow, Guided, SiT
+
+
+def flags():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="out/sit", help="a run of train_sit.py, one of its files, a public name, or a public .pt")
+    p.add_argument("--process", choices=["sit", "dit", "repa"], help="what a bare public file was trained for")
+    p.add_argument("--vae", help="overrides the VAE named in the checkpoint (the weights must be the same); public: sd-vae-ft-ema")
+    p.add_argument("--out", default="out/samples")
+    p.add_argument("--num", "--num-images", type=int, default=16,
+                   help="number of images; under torchrun write --num-images: it takes --num for an option of its own")
+    p.add_argument("--npz", action="store_true", help="write samples.npz (arr_0 uint8 NHWC, arr_1 labels) instead of PNGs")
+    p.add_argument("--classes", nargs="+", help="class numbers or names, taken in turn")
+    p.add_argument("--labels", choices=["random", "balanced"], default="random", help="without --classes: how labels are drawn")
+    p.add_argument("--sampler", choices=["sde", "euler", "heun", "ddpm"], help="default: sde for a SiT, ddpm for a DiT")
+    p.add_argument("--steps", type=int, default=250)
+    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1: none")
+    p.add_argument("--interval", type=float, nargs=2, default=[0.0, 0.75], help="noise times (1 noise .. 0 data) that are guided")
+    p.add_argument("--cfg-channels", type=int, help="guide the first so many channels (3: DiT's and SiT's published numbers)")
+    p.add_argument("--tasks", nargs="+", choices=["seg", "depth", "pca"], default=[], help="from the latents (Figure 4)")
+    p.add_argument("--seg-head", default="vitl14_voc2012", help="a public name (vitl14_ade20k) or a file")
+    p.add_argument("--depth-head", default="moge-vitl", help="the public name or a file")
+    p.add_argument("--batch", type=int, default=32, help="images a process draws at once")
+    p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU that has it, else fp32")
+    p.add_argument("--seed", type=int, default=0)
+    return p.parse_args()
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+def load(args, run):
+    """(model, VAE, normaliser, class names) of a checkpoint of ours or a public one, on the device."""
+    path = Path(args.ckpt, "ckpt.pt") if Path(args.ckpt).is_dir() else Path(args.ckpt)
+    if args.ckpt == "out/sit" and not path.is_file():
+        raise FileNotFoundError(f"--ckpt {args.ckpt}: no checkpoint here; train_sit.py makes one, --ckpt SiT-XL/2 takes the public one")
+    with run.first():
+        model = SiT.load(args.ckpt, process=args.process)
+        ours = read_ours(path)
+        vae = V.VAE.load(args.vae or ours.get("vae", {}).get("source", "sd-vae-ft-ema"))
+    if ours and V.fingerprint(vae) != ours["vae"]["hash"]:
+        raise ValueError(f"{args.ckpt} was trained on another VAE than {args.vae or ours['vae']['source']}; --vae names the right one")
+    if vae.z_channels != model.channels:
+        raise ValueError(f"{args.ckpt} paints {model.channels} latent channels, this VAE decodes {vae.z_channels}")
+    norm = V.Normalizer(**ours.get("normalizer", {"kind": "none"}))
+    return model.to(run.device).eval(), vae.to(run.device), norm, ours.get("classes", [])
+
+
+def read_ours(path):
+    """What a checkpoint of train_sit.py says beside its weights; {} for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # an official training checkpoint: SiT.load has read it
+        return {}
+    return held if "normalizer" in held else {}
+
+
+def labels(args, model, names):
+    """The label of each of --num images, a function of (seed, index): [N] int64."""
+    if not model.classes:
+        return np.zeros(args.num, np.int64)
+    if args.classes:
+        known = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(model.classes)}
+        unknown = [c for c in args.classes if c not in known]
+        if unknown:
+            raise ValueError(f"--classes {unknown[0]}: no such class (0 to {model.classes - 1}{', or ' + ', '.join(names[:5]) + ', ...' if names else ''})")
+        return np.array([known[args.classes[i % len(args.classes)]] for i in range(args.num)])
+    if args.labels == "balanced":
+        return np.arange(args.num) % model.classes
+    return np.array([V.rng(args.seed, "label", i).integers(model.classes) for i in range(args.num)])
+
+
+@torch.no_grad()
+def draw(args, model, norm, indices, y, device):
+    """Raw latents [B,C,h,w] of the images with these indices."""
+    s = model.settings
+    shape = (s["channels"], s["input_size"], s["input_size"])
+
+    def noise(purpose, *k):
+        return torch.stack([V.normal(shape, args.seed, purpose, i, *k) for i in indices]).to(device)
+
+    guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
+    how = {} if args.sampler == "ddpm" else {"sampler": args.sampler}
+    process = Diffusion() if model.process == "dit" else Flow()
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        x = process.sample(guided, noise("sample"), torch.as_tensor(y, device=device), steps=args.steps,
+                           draw=lambda k: noise("step", k), **how)
+    return norm.decode(x)
+
+
+# ------------------------------------------------------------------------------------- masks and depth from the latents
+
+
+def foreground(features):
+    """A mask without any head: the sign of the first principal component of patch features [B,N,D], the side that touches
+    the border less being the foreground: bool [B,h,w]."""
+    side = math.isqrt(features.shape[1])
+    flat = features.flatten(0, 1)
+    _, vectors = torch.linalg.eigh((flat - flat.mean(0)).T @ (flat - flat.mean(0)))
+    mask = ((flat - flat.mean(0)) @ vectors[:, -1] > 0).view(-1, side, side)
+    border = torch.ones(side, side, dtype=torch.bool, device=mask.device)
+    border[1:-1, 1:-1] = False
+    return ~mask if mask[:, border].float().mean() > mask[:, ~border].float().mean() else mask
+
+
+def colour_depth(depth):
+    """Depth [B,H,W] -> uint8 [B,3,H,W], near bright, far dark, equal steps in lightness; each image on its own scale."""
+    anchors = torch.tensor([[252, 253, 191], [251, 136, 97], [182, 54, 121], [80, 18, 123], [0, 0, 4]])   # magma
+    d = depth.flatten(1).argsort(1).argsort(1).float().view(depth.shape) / (depth[0].numel() - 1)       # rank: 0 near .. 1 far
+    at = d * (len(anchors) - 1)
+    low = at.long().clamp_max(len(anchors) - 2)
+    mix = (at - low)[..., None]
+    anchors = anchors.to(depth)
+    return ((1 - mix) * anchors[low] + mix * anchors[low + 1]).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+class Tasks:
+    """Figure 4: generated latents through the align MLPs of the VAE's folder into heads that were trained on DINOv2's."""
+
+    def __init__(self, args, vae, run):
+        self.names, self.f = args.tasks, vae.f
+        self.align = V.Align.load(vae.folder).to(run.device)
+        with run.first():
+            self.seg = Segmenter.load(args.seg_head).to(run.device) if "seg" in self.names else None
+            self.depth = Depth.load(args.depth_head).to(run.device) if "depth" in self.names else None
+
+    @torch.no_grad()
+    def __call__(self, z, images):
+        """Raw latents [B,C,h,w] and their images uint8 -> [one uint8 picture [B,3,H,W] for each task], classes seen."""
+        patch, (h, w), size, seen, out = self.align(z)[0], z.shape[-2:], images.shape[-2:], [], []
+        for name in self.names:
+            if name == "seg":
+                mask = self.seg(patch, (h, w), size).argmax(1).cpu()
+                seen = mask.unique().tolist()
+                palette = torch.tensor(self.seg.colors, dtype=torch.uint8)
+                out.append(images.cpu() // 2 + palette[mask].permute(0, 3, 1, 2) // 2)
+            elif name == "depth":
+                out.append(colour_depth(self.depth(patch, (h, w), size)).cpu())
+            else:
+                colours = V.pca(patch)[0].transpose(1, 2).unflatten(2, (h, w)) * foreground(patch)[:, None]
+                out.append((F.interpolate(colours, size) * 255).to(torch.uint8).cpu())
+        return out, seen
+
+
+def legend(sheet, seg, seen):
+    """The sheet with the classes that were seen written below it, each beside its colour."""
+    out = Image.new("RGB", (sheet.width, sheet.height + 14 * len(seen) + 4), "white")
+    out.paste(sheet)
+    pen = ImageDraw.Draw(out)
+    for row, c in enumerate(seen):
+        y = sheet.height + 14 * row + 2
+        pen.rectangle((4, y, 16, y + 10), fill=tuple(seg.colors[c]))
+        pen.text((22, y), seg.names[c], fill="black")
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def write_pictures(args, store, y, tasks, run):
+    """grid.png, the single PNGs, and with --tasks each image above its masks and maps in tasks.png."""
+    out, images = Path(args.out), torch.from_numpy(np.array(store.arrays["images"])).permute(0, 3, 1, 2)
+    for i, image in enumerate(store.arrays["images"]):
+        Image.fromarray(image).save(out / f"{i:06d}.png")
+    V.grid(images[:256], columns=min(8, math.ceil(math.sqrt(len(images))))).save(out / "grid.png")
+    if tasks is not None:
+        z = torch.from_numpy(np.array(store.arrays["latents"][:8])).to(run.device)
+        rows, seen = tasks(z, images[:8])
+        sheet = V.grid(torch.cat([images[:8], *rows]), columns=len(z))
+        (legend(sheet, tasks.seg, seen) if seen else sheet).save(out / "tasks.png")
+    run.print(f"wrote {out}/grid.png" + (f" and {out}/tasks.png" if tasks else ""))
+
+
+def main():
+    args, run = flags(), V.Run()
+    args.dtype = args.dtype or ("bf16" if run.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    model, vae, norm, names = load(args, run)
+    args.sampler = args.sampler or ("ddpm" if model.process == "dit" else "sde")
+    if (args.sampler == "ddpm") != (model.process == "dit"):
+        raise ValueError(f"--sampler {args.sampler} is not for a {model.process}: a dit takes ddpm, a sit sde, euler or heun")
+    y, s, side = labels(args, model, names), model.settings, model.settings["input_size"] * vae.f
+    tasks = Tasks(args, vae, run) if args.tasks else None
+
+    made_of = {k: v for k, v in vars(args).items() if k not in ("out", "npz", "tasks", "seg_head", "depth_head", "batch", "vae")}
+    made_of |= {"weights": V.fingerprint(model), "normalizer": norm.state()}
+    arrays = {"images": (np.uint8, (args.num, side, side, 3)),
+              "latents": (np.float32, (args.num, s["channels"], s["input_size"], s["input_size"]))}
+    store = V.Store(run, args.out, arrays, made_of, "--out")
+    if run.device.type == "cuda" and args.num >= 1000:
+        model.compile()
+    choice = "given in turn" if args.classes else args.labels
+    guide = f"cfg {args.cfg} in {args.interval}, {args.cfg_channels or 'all'} channels" if args.cfg != 1 else "no guidance"
+    run.print(f"{args.num:,} images, labels {choice}, {args.sampler} {args.steps} steps, {guide}, {args.dtype} on {run.device.type}")
+
+    bar = run.bar(args.num, "sampling", initial=int(store.done.sum()))
+    for part in store.todo(run, args.batch):
+        z = draw(args, model, norm, part, y[part.start:part.stop], run.device)
+        with torch.no_grad():
+            images = V.to_uint8(vae.decode(z)).permute(0, 2, 3, 1)
+        store.put(part.start, latents=z.cpu().numpy(), images=images.cpu().numpy())
+        bar.update(len(part) * run.world)
+    bar.close()
+    run.barrier()
+    if run.main and args.npz:
+        with V.atomic(Path(args.out) / "samples.npz") as f:
+            np.savez(f, arr_0=store.arrays["images"], arr_1=y)
+        run.print(f"wrote {args.out}/samples.npz; next:\n  python fid.py {args.out}/samples.npz --ref VIRTUAL_imagenet256_labeled.npz")
+    elif run.main:
+        write_pictures(args, store, y, tasks, run)
+    run.barrier()
+
+
+if __name__ == "__main__":
+    V.main(main)

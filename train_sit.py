@@ -1,0 +1,352 @@
+"""Stage 2 of ReaLS: train an unchanged SiT or DiT, with or without REPA, on the latents of any VAE (Tables 1, 3-7, 9, 11).
+
+    torchrun --nproc_per_node=8 train_sit.py --model XL                        # the paper's run on out/vae
+    torchrun --nproc_per_node=8 train_sit.py --model B --vae sd-vae-ft-ema     # a baseline row
+
+Each image is encoded once, with its mirror image, into a cache of posterior moments; a posterior sample, time, noise and
+label drop are drawn anew at each step. --out holds ckpt.pt to go on from, and NNNNNNN.pt, the EMA at each milestone.
+"""
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import vae as V
+from dino import DINOv2
+from sit import Diffusion, Flow, Guided, SiT, repa_loss
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}   # dense bf16 FLOP/s
+REPA_DEPTH = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}    # blocks before the projector (Yu et al. 2024)
+
+
+def flags():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="imagenet/train", help="folder of images, one subfolder per class")
+    p.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    p.add_argument("--vae", default="out/vae", help="a run of train_vae.py, a VAE's folder or file, or a public name (sd-vae-ft-ema)")
+    p.add_argument("--cache", help="folder of the latent cache; default: out/latents/ and the hashes of VAE and data")
+    p.add_argument("--no-flip", action="store_true", help="no mirror images (REPA's public run)")
+    p.add_argument("--norm", choices=["max-min", "std", "none"],
+                   help="Eq. 7 or its rivals (Table 11); default: max-min for a VAE of ours, none for a public SD-VAE")
+    p.add_argument("--std", type=float, help="with --norm std: the standard deviation asked for; default: SD-VAE's 0.835")
+    p.add_argument("--stats", help="latent statistics (a json file), or 'paper': Eq. 8's printed ones")
+    p.add_argument("--model", default="XL", help="T, S, B, L or XL, with the patch as in XL/2 (default 2)")
+    p.add_argument("--process", choices=["sit", "dit"], default="sit")
+    p.add_argument("--repa", action="store_true", help="align the transformer's features too (Table 9)")
+    p.add_argument("--dino", default="vitb14", help="with --repa: REPA's teacher")
+    p.add_argument("--repa-weight", type=float, default=0.5)
+    p.add_argument("--drop", type=float, default=0.1, help="share of labels replaced by the null label")
+    p.add_argument("--ema", type=float, default=0.9999)
+    p.add_argument("--steps", type=int, default=400000)
+    p.add_argument("--keep", type=int, default=50000, help="steps between milestones, NNNNNNN.pt")
+    p.add_argument("--schedule", choices=["cosine", "constant"], default="constant")
+    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--checkpointing", action="store_true", help="compute activations twice to save memory")
+    V.run_flags(p, out="out/sit", batch=256, lr=1e-4)
+    args = p.parse_args()
+    if args.repa and not args.clip:
+        args.clip = 1.0                                   # REPA's own setting
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------- latent cache
+
+
+class Cache(torch.utils.data.Dataset):
+    """Posterior moments of all images and their mirror images: one memory map, fp16 [N, 2, 2C, h, w] (mean, log variance;
+    [N, 1, ...] without flips). [i, flip] -> mean, logvar [C,h,w] float32. Opened by each loader process for itself."""
+
+    def __init__(self, folder, shape, labels, meta):
+        self.file, self.shape, self.labels, self.meta, self.map = folder / "moments.npy", shape, labels, meta, None
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, key):
+        if self.map is None:
+            self.map = np.load(self.file, mmap_mode="r")
+        i, flip = key
+        return torch.from_numpy(self.map[i, flip].astype(np.float32)).chunk(2)
+
+    def latents(self, indices, seed):
+        """Raw posterior samples [1,C,h,w] of the given images, for statistics."""
+        for i in indices:
+            mean, logvar = self[int(i), 0]
+            yield (mean + (0.5 * logvar).exp() * V.normal(mean.shape, seed, "sample", int(i)))[None]
+
+
+class Chunks(torch.utils.data.Dataset):
+    """A range of indices -> (the first one, its images uint8 [B,3,S,S], the paths of unreadable files)."""
+
+    def __init__(self, images, ranges):
+        self.images, self.ranges = images, ranges
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def __getitem__(self, k):
+        items = [self.images.near(i) for i in self.ranges[k]]
+        return self.ranges[k][0], torch.stack([x for x, _, _ in items]), [self.images.paths[i] for _, _, bad in items for i in bad]
+
+
+def open_cache(args, run, net, images, chunk=64):
+    """The latent cache of these images under this VAE: as it lies there, completed, or built. It is filled in chunks of
+    fixed indices, by all ranks at once, so its bytes depend neither on their number nor on interruptions."""
+    side, flips = args.size // net.f, 1 if args.no_flip else 2
+    shape = (len(images), flips, 2 * net.z_channels, side, side)
+    meta = {"vae": V.fingerprint(net), "data": images.fingerprint(), "size": args.size, "shape": shape, "classes": images.classes}
+    folder = Path(args.cache or f"out/latents/{meta['vae'][:8]}-{meta['data'][:8]}-{args.size}-{flips}")
+    store = V.Store(run, folder, {"moments": (np.float16, shape)}, meta, "--cache")
+    todo = store.todo(run, chunk)
+    loader = torch.utils.data.DataLoader(Chunks(images, todo), batch_size=None, num_workers=args.workers)
+    bar = run.bar(len(images), "encoding", initial=int(store.done.sum()))
+    net.to(run.device)
+    for first, x, bad in loader:
+        x = V.from_uint8(x.to(run.device))
+        with torch.no_grad():
+            views = [net.encode(v) for v in (x, x.flip(-1))[:flips]]
+        moments = torch.stack([torch.cat([q.mean, q.logvar], 1) for q in views], 1)      # [B, 2, 2C, h, w]
+        store.put(first, moments=moments.half().cpu().numpy())
+        bar.update(len(x) * run.world)
+        for path in bad:
+            print(f"{path} is not readable; the image after it takes its place")
+    bar.close()
+    run.barrier()
+    return Cache(folder, shape, images.labels, meta)
+
+
+def normalizer(args, run, net, cache):
+    """Eq. 7-8 for this VAE: the statistics of --stats, of the VAE's folder, or of the cache; and the std that results."""
+    chosen = V.rng(args.seed, "subset").permutation(len(cache))[:10000]
+    stats = {"paper": V.PAPER}.get(args.stats) or (json.loads(Path(args.stats).read_text()) if args.stats else net.info.get("latents"))
+    kind = args.norm or ("max-min" if stats else "none")
+    measured = V.statistics(cache.latents(chosen[:len(chosen) if stats is None else 1000], args.seed))
+    norm = V.Normalizer(kind, stats or measured, args.std)
+    std = norm.scale * measured["std"]
+    run.print(f"latents: raw std {measured['std']:.4f}; {kind}: x = {norm.scale:.5f} z {norm.shift:+.5f}, std {std:.3f}")
+    if not 0.3 <= std <= 3:
+        run.print(f"warning: the generator will see latents of std {std:.3f}; outside 0.3..3 training suffers (--norm std sets it)")
+    return norm
+
+
+class Draws(torch.utils.data.Dataset):
+    """A micro-batch with all its random draws, made in the loader's workers: (step, places in the global batch) ->
+    x, noise [B,C,h,w], t in [0,1) [B], y [B], and for REPA the images uint8 [B,3,S,S] (else empty)."""
+
+    def __init__(self, cache, images, norm, args):
+        self.cache, self.images, self.norm, self.args = cache, images if args.repa else None, norm, args
+        self.null = len(cache.meta["classes"])            # never 1000 by hand
+
+    def __getitem__(self, work):
+        step, places = work
+        return [torch.stack(part) for part in zip(*(self.draw(step, place) for place in places))]
+
+    def draw(self, step, place):
+        a = self.args
+        i = V.order(a.seed, len(self.cache), step * a.batch + place)
+        g = V.rng(a.seed, "noise", step, place)
+        flip, drop, t = g.random(3)
+        flip = int(flip < 0.5 and not a.no_flip)
+        mean, logvar = self.cache[i, flip]
+        eps, noise = torch.from_numpy(g.standard_normal((2, *mean.shape), dtype=np.float32))
+        x = self.norm.encode(mean + (0.5 * logvar).exp() * eps)
+        y = self.null if drop < a.drop or not self.null else int(self.cache.labels[i])
+        image = torch.empty(0) if self.images is None else self.images.near(i)[0]
+        return x, noise, torch.tensor(t), torch.tensor(y), image.flip(-1) if flip else image
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class Objective:
+    """The per-sample loss of a process, plus REPA's term."""
+
+    def __init__(self, args, run, teacher, grid):
+        self.process = Flow() if args.process == "sit" else Diffusion()
+        self.args, self.device, self.teacher, self.grid = args, run.device, teacher, grid
+        self.dtype = torch.float64 if args.dtype == "fp64" else torch.float32
+        self.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+
+    def __call__(self, model, x, noise, t, y, images):
+        """-> loss [B] of the process, REPA's loss [B] or None."""
+        tokens = None
+
+        def network(*inputs):
+            nonlocal tokens
+            if self.teacher is None:
+                return model(*inputs)
+            out, tokens = model(*inputs, return_tokens=True)
+            return out
+
+        t = t.to(self.dtype) if self.args.process == "sit" else (t * self.process.steps).long()
+        with self.autocast():
+            loss = self.process.loss(network, x, y, noise, t)
+        if self.teacher is None:
+            return loss, None
+        with torch.no_grad(), self.autocast():
+            target = self.teacher.targets(V.from_uint8(images), self.grid)[0]
+        return loss, repa_loss(tokens.to(self.dtype), target.to(self.dtype))
+
+
+def train_step(args, step, batches, model, net, objective, optimizer, bins):
+    """One update from this process's micro-batches -> {name: scalar tensor}; bins [2,10] gathers loss and count by time."""
+    seen = {}
+    for micro in range(args.accumulate):
+        x, noise, t, y, images = (v.to(objective.device, non_blocking=True) for v in next(batches))
+        if model is not net:
+            model.require_backward_grad_sync = micro == args.accumulate - 1   # gradients travel with the last micro-batch
+        loss, repa = objective(model, x.to(objective.dtype), noise.to(objective.dtype), t, y, images)
+        total = loss.mean() if repa is None else loss.mean() + args.repa_weight * repa.mean()
+        (total / args.accumulate).backward()
+        bins.index_add_(1, (t * 10).long(), torch.stack([loss.detach().to(bins), torch.ones_like(t).to(bins)]))
+        for k, v in {"loss": loss, **({} if repa is None else {"repa": repa})}.items():
+            seen[k] = seen.get(k, 0) + v.detach().mean() / args.accumulate
+    optimizer.param_groups[0]["lr"] = V.learning_rate(args, step)
+    seen["grad norm"] = V.update(optimizer, net, args.clip, step)
+    optimizer.zero_grad(set_to_none=True)
+    return seen
+
+
+@torch.no_grad()
+def follow(ema, net, decay):
+    """EMA <- decay * EMA + (1 - decay) * weights, over all parameters at once."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def sample_grid(args, ema, norm, decoder, device, path, n=16):
+    """A PNG of n images from the EMA, at noise and labels that never change: 32 steps, guidance 2."""
+    s = ema.settings
+    noise = torch.stack([V.normal((s["channels"], s["input_size"], s["input_size"]), args.seed, "sample", i) for i in range(n)])
+    y = torch.arange(n, device=device) % max(s["classes"], 1)
+    guided = Guided(ema, 2.0 if s["classes"] else 1.0)
+    how = {"sampler": "euler"} if s["process"] == "sit" else {}
+    process = Flow() if s["process"] == "sit" else Diffusion()
+    z = norm.decode(process.sample(guided, noise.to(device, ema.pos_embed.dtype), y, steps=32, **how))
+    with V.atomic(path) as f:
+        V.grid(V.to_uint8(decoder.decode(z.to(device, torch.float32))), columns=8).save(f, "PNG")
+
+
+def flops(s):
+    """Multiply-accumulates x 2 of one forward pass of one image (a training step takes three times that)."""
+    n, d, out = (s["input_size"] // s["patch"])**2, s["dim"], s["patch"]**2 * s["out_channels"]
+    block = n * 12 * d * d + 2 * n * n * d + 6 * d * d
+    ends = n * s["patch"]**2 * s["channels"] * d + 256 * d + d * d + n * d * out + 2 * d * d
+    return 2 * (s["depth"] * block + ends)
+
+
+def reader_part(args, net, ema, norm, cache, step):
+    """What whoever samples from a checkpoint needs, and nothing else."""
+    return {"step": step, "model": net.settings, "process": args.process, "normalizer": norm.state(), "size": args.size,
+            "classes": cache.meta["classes"], "vae": {"source": str(args.vae), "hash": cache.meta["vae"]},
+            "ema": {k: v for k, v in ema.state_dict().items() if not k.startswith("projectors.")}}
+
+
+def save(args, run, step, net, ema, optimizer, norm, cache, milestone):
+    if run.main:
+        part = reader_part(args, net, ema, norm, cache, step)
+        if milestone:
+            V.save(part, Path(args.out) / f"{step:07d}.pt")
+        projectors = {k: v for k, v in ema.state_dict().items() if k.startswith("projectors.")}
+        V.save({**part, "settings": vars(args), "data": cache.meta["data"], "weights": net.state_dict(),
+                "ema projectors": projectors, "optimizer": optimizer.state_dict()}, Path(args.out) / "ckpt.pt")
+    run.barrier()
+
+
+def resume(args, run, net, ema, optimizer, cache):
+    """The step to go on from; weights, EMA and optimiser are filled from --out/ckpt.pt if it is there."""
+    path = Path(args.out) / "ckpt.pt"
+    if not path.is_file():
+        return 0
+    ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    same = {k: v for k, v in vars(args).items() if k != "steps" or args.schedule == "cosine"}   # a constant rate may go on longer
+    V.same_settings(path, ckpt["settings"], same)
+    for what, there, here in (("VAE", ckpt["vae"]["hash"], cache.meta["vae"]), ("data", ckpt["data"], cache.meta["data"])):
+        if there != here:
+            raise ValueError(f"{path} was made with another {what}; another --out starts anew")
+    net.load_state_dict(ckpt["weights"])
+    ema.load_state_dict({**ckpt["ema"], **ckpt["ema projectors"]})
+    optimizer.load_state_dict(ckpt["optimizer"])
+    run.print(f"{path}: going on from step {ckpt['step']}")
+    return ckpt["step"]
+
+
+def build(args, run, vae, cache):
+    """The generator and its EMA, and REPA's teacher, on the device."""
+    teacher, repa = None, None
+    if args.repa:
+        with run.first():
+            teacher = DINOv2.load(args.dino).to(run.device).eval().requires_grad_(False)
+        teacher.offset = 0                                # REPA's position rule, not Meta's
+        repa = (REPA_DEPTH[args.model.split("/")[0]], teacher.dim)
+    torch.manual_seed(int(V.rng(args.seed, "init").integers(2**31)))
+    net = SiT(args.model, input_size=cache.shape[-1], channels=vae.z_channels, classes=len(cache.meta["classes"]),
+              process=args.process, repa=repa)
+    net = net.to(run.device, torch.float64 if args.dtype == "fp64" else torch.float32)
+    net.grad_checkpoint = args.checkpointing
+    return net, copy.deepcopy(net).eval().requires_grad_(False), teacher
+
+
+def main():
+    args, run = flags(), V.Run()
+    V.settle(args, run)
+    with run.first():
+        vae = V.VAE.load(args.vae).requires_grad_(False)
+    images = V.Images(args.data, args.size)
+    run.lock(args.out)
+    cache = open_cache(args, run, vae, images)
+    norm = normalizer(args, run, vae, cache)
+    net, ema, teacher = build(args, run, vae, cache)
+    vae.to(run.device)
+
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=run.device.type == "cuda")
+    start = resume(args, run, net, ema, optimizer, cache)
+    if args.compile:
+        for module in filter(None, (net, ema, teacher)):
+            module.compile()
+    model, objective = run.parallel(net), Objective(args, run, teacher, net.grid)
+    batches = V.loader(Draws(cache, images, norm, args), run, args, start)
+
+    run.print(f"{args.process} {args.model}: {sum(p.numel() for p in net.parameters()):,} parameters, {len(cache):,} images, "
+              f"{net.classes} classes, {args.steps:,} steps of {args.batch}, {run.world} process(es), {args.dtype} on {run.device.type}")
+    run.catch_stop()
+    bar, log = run.bar(args.steps * args.batch, "stage 2", initial=start * args.batch), V.Log(run, args.out)
+    bins, since = torch.zeros(2, 10, dtype=torch.float64, device=run.device), (time.time(), start)
+    for step in range(start, args.steps):
+        log.add(train_step(args, step, batches, model, net, objective, optimizer, bins))
+        follow(ema, net, args.ema)
+        bar.update(args.batch)
+        done, stop = step + 1, run.stopping()
+        if done % args.log_every == 0 or done == args.steps:
+            loss, count = run.sum(bins)
+            rate = (done - since[1]) * args.batch / (time.time() - since[0])
+            log.line(done, lr=V.learning_rate(args, step), img_s=rate, GiB=run.memory(), **mfu(net, rate, run),
+                     bins=(loss / count).tolist())
+            since = time.time(), done
+            bins.zero_()
+        if run.main and (done % args.picture_every == 0 or done == args.steps):
+            sample_grid(args, ema, norm, vae, run.device, Path(args.out) / "pictures" / f"{done:07d}.png")
+        if done % args.save_every == 0 or done % args.keep == 0 or done == args.steps or stop:
+            save(args, run, done, net, ema, optimizer, norm, cache, milestone=done % args.keep == 0 or done == args.steps)
+        if stop:
+            run.leave(done)
+    bar.close()
+    run.print(f"{args.out} is finished; next:\n  python sample.py --ckpt {args.out} --cfg 1.8")
+
+
+def mfu(net, rate, run):
+    """{"MFU": ...} on a GPU whose dense bf16 peak is known: useful FLOPs (three forwards) over the peak of all ranks."""
+    if run.device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name()
+    peak = [v for k, v in PEAK.items() if k in name]
+    return {"MFU": 3 * flops(net.settings) * rate / (peak[0] * run.world)} if peak else {}
+
+
+if __name__ == "__main__":
+    V.main(main)
