@@ -227,9 +227,7 @@ def build(args, run):
     for m in (dino, lpips):
         if m is not None:
             m.to(run.device, dtype).eval().requires_grad_(False)
-    stage1 = Stage1(net, align, args.train == "align").to(run.device, dtype)
-    if run.device.type == "cuda":
-        stage1.to(memory_format=torch.channels_last)
+    stage1 = Stage1(net, align, args.train == "align").to(run.device, dtype).to(memory_format=torch.channels_last)
     return stage1, dino, lpips, None if disc is None else disc.to(run.device, dtype)
 
 
