@@ -1,0 +1,768 @@
+"""fid.py against torch-fidelity, lpips, prdc, scikit-image, scipy, and plain NumPy written from the definitions."""
+import contextlib
+import inspect
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import lpips
+import numpy as np
+import pytest
+import scipy.linalg
+import skimage.metrics
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT, gen, relative
+from PIL import Image
+from prdc import compute_prdc
+from sklearn.linear_model import LogisticRegression
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+
+import dino
+import fid
+import vae
+
+LIN = lpips.__path__[0] + "/weights/v0.1/vgg.pth"
+
+
+def pictures(n, height=64, width=None, seed=0):
+    """Smooth random pictures, uint8 [n,3,H,W]: each a few random colours at a random coarseness, and a little noise."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(n):
+        coarse = torch.rand(1, 3, 2 + i % 7, 2 + i % 5, generator=g)
+        x = F.interpolate(coarse, (height, width or height), mode="bicubic" if i % 2 else "nearest")[0]
+        out.append((255 * x + 8 * torch.randn(x.shape, generator=g)).clamp(0, 255).to(torch.uint8))
+    return torch.stack(out)
+
+
+def calibrated_inception(images):
+    """The state dict of an Inception with random weights whose features say something: Kaiming convolutions, batch
+    norms that know the images, a head that tells them apart."""
+    torch.manual_seed(0)
+    net = fid.Inception()
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(m.weight)
+        elif isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = None  # one pass sets the buffers to these images' moments
+            torch.nn.init.normal_(m.weight, 1, 0.1)
+            torch.nn.init.normal_(m.bias, 0, 0.1)
+    with torch.no_grad():
+        net.train()(images)
+        pool = net.eval()(images)[0]
+        w = torch.linalg.lstsq(pool - pool.mean(0), torch.randn(len(pool), 1008) * 3, driver="gelsd").solution.T
+        net.fc.weight.copy_(w)
+        net.fc.bias.normal_()
+    constant = (pool.std(0) < 1e-3 * pool.std()).float().mean()
+    assert constant < 0.05 and fid.inception_score((pool @ w.T).softmax(1)) > 2
+    return net.state_dict()
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """(the file of a calibrated Inception, our network with it)"""
+    file = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(calibrated_inception(pictures(12)), file)
+    return file, fid.Inception.load(file)
+
+
+@contextlib.contextmanager
+def hooked(module):
+    seen = []
+    handle = module.register_forward_hook(lambda m, i, o: seen.append(o))
+    yield seen
+    handle.remove()
+
+
+def peer_inception(file, images, dtype=torch.float32):
+    """torch-fidelity's (pool, spatial as ADM reads it, probabilities of logits without bias), float32 in the end."""
+    net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file)).to(dtype)
+    net.feature_extractor_internal_dtype = dtype
+    with torch.no_grad(), hooked(net.Mixed_6d.branch1x1) as seen:
+        pool, logits = net(images)
+    return pool, seen[0][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1), logits.softmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- Inception
+
+
+def test_inception_has_the_parameters_and_names_of_the_public_file():
+    with torch.device("meta"):
+        net = fid.Inception()
+    assert sum(p.numel() for p in net.parameters()) == 23_850_960 and len(net.state_dict()) == 566
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 90), (299, 299), (350, 256)])
+def test_inception_equals_torch_fidelity(inception, size):
+    images = pictures(2, *size, seed=1)
+    with torch.no_grad():
+        for ours, theirs in zip(inception[1](images), peer_inception(inception[0], images)):
+            assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 90), (299, 299), (700, 256)])
+def test_the_resize_is_tensorflow_1s_to_the_last_bit(size):
+    x = pictures(1, *size, seed=2).float()
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    assert torch.equal(fid.resize_tf1(x, 299), theirs)
+
+
+def half_pixel(x, size):
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+@pytest.mark.parametrize("output, mutate", [
+    (0, lambda m, net: m.setitem(fid.POOLS, "avg", lambda x: F.avg_pool2d(x, 3, 1, 1))),
+    (1, lambda m, net: m.setitem(fid.POOLS, "avg", lambda x: F.avg_pool2d(x, 3, 1, 1))),
+    (0, lambda m, net: m.setitem(fid.POOLS, "max", fid.POOLS["avg"])),
+    (0, lambda m, net: m.setattr(fid, "resize_tf1", half_pixel)),
+], ids=["count_include_pad", "count_include_pad, spatial", "average pool in 7c", "half-pixel resize"])
+def test_a_wrong_inception_is_seen(inception, monkeypatch, output, mutate):
+    images = pictures(2, seed=1)
+    theirs = peer_inception(inception[0], images)[output]
+    mutate(monkeypatch, inception[1])
+    with torch.no_grad():
+        assert relative(inception[1](images)[output], theirs) > 10 * 1e-5
+
+
+def test_a_bias_of_the_logits_is_seen(inception):
+    images = pictures(2, seed=1)
+    with torch.no_grad():
+        biased = (inception[1](images)[2].log() + inception[1].fc.bias).softmax(1)
+    assert relative(biased, peer_inception(inception[0], images)[2]) > 10 * 1e-5
+
+
+def test_float64_sees_the_epsilon_of_the_batch_norms(inception):
+    images, net = pictures(2, 299, seed=1), fid.Inception.load(inception[0]).double()
+    theirs = peer_inception(inception[0], images, torch.float64)[0]
+    with torch.no_grad():
+        assert relative(net(images)[0], theirs) < 2e-7
+        for m in net.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.eps = 1e-5
+        assert relative(net(images)[0], theirs) > 10 * 2e-7
+
+
+def test_inception_takes_uint8_only(inception):
+    with pytest.raises(ValueError, match="uint8"):
+        inception[1](torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("Mixed_6d.branch1x1.conv.weight"), "no tensor Mixed_6d.branch1x1.conv.weight"),
+    (lambda s: s.update({"AuxLogits.fc.bias": torch.zeros(1)}), "AuxLogits.fc.bias"),
+    (lambda s: s.update({"fc.bias": torch.zeros(1000)}), r"fc.bias is \(1000,\), expected \(1008,\)"),
+])
+def test_another_networks_file_is_refused_in_one_line(inception, tmp_path, change, words):
+    state = torch.load(inception[0])
+    change(state)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"other.pth.*{words}") as error:
+        fid.Inception.load(tmp_path / "other.pth")
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- LPIPS
+
+
+@pytest.fixture(scope="session")
+def vgg():
+    """Random VGG16 weights in torchvision's layout, with a classifier to ignore; activations keep their size."""
+    with torch.device("meta"):
+        names = {f"features.{k}": v.shape for k, v in torchvision.models.vgg16().features.state_dict().items()}
+    state = {k: torch.from_numpy(gen(k, tuple(s))) * (1.4 if "weight" in k else 2) for k, s in names.items()}
+    return {**state, "classifier.0.weight": torch.zeros(1)}
+
+
+def peer(vgg, calibrated):
+    """The lpips package's network with the same VGG16; it says sliceK.N where torchvision says features.N."""
+    net = lpips.LPIPS(net="vgg", pnet_rand=True, lpips=calibrated, verbose=False)
+    net.net.load_state_dict({k: vgg["features." + k.split(".", 1)[1]] for k in net.net.state_dict()})
+    return net
+
+
+@pytest.fixture(scope="session")
+def known(vgg):
+    """{size: (a, b, the package's LPIPS, its mean over layers)}"""
+    nets, out = (peer(vgg, True), peer(vgg, False)), {}
+    with torch.no_grad():
+        for size in (32, 67):
+            a, b = (pictures(2, size, seed=seed) / 127.5 - 1 for seed in (3, 4))
+            out[size] = a, b, nets[0](a, b).flatten(), nets[1](a, b).flatten() / 5
+    return out
+
+
+@pytest.mark.parametrize("size", [32, 67])
+def test_lpips_equals_the_lpips_package(vgg, known, size):
+    a, b, calibrated, averaged = known[size]
+    with torch.no_grad():
+        assert relative(fid.LPIPS.load(vgg, LIN)(a, b), calibrated) < 1e-5
+        assert relative(fid.LPIPS.load(vgg, None)(a, b), averaged) < 1e-5
+
+
+@pytest.mark.parametrize("mutate", [lambda n: n.shift.zero_(), lambda n: n.scale.fill_(0.45),
+                                    lambda n: setattr(n, "taps", (2, 8, 15, 22, 29)),
+                                    lambda n: [w.mul_(1.001) for w in n.lin.values()]],
+                         ids=["shift", "scale", "before the ReLU", "linear layers"])
+def test_a_wrong_lpips_is_seen(vgg, known, mutate):
+    net = fid.LPIPS.load(vgg, LIN)
+    a, b, calibrated, _ = known[32]
+    with torch.no_grad():
+        mutate(net)
+        assert relative(net(a, b), calibrated) > 10 * 1e-5
+
+
+def test_lpips_stays_float32_under_autocast(vgg, known):
+    a, b, calibrated, _ = known[32]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(fid.LPIPS.load(vgg, LIN)(a, b), calibrated) < 1e-5
+
+
+def test_lpips_has_a_finite_gradient_at_a_zero_feature_vector(vgg):
+    dead = {**vgg, "features.28.weight": torch.zeros(512, 512, 3, 3), "features.28.bias": torch.zeros(512)}
+    net, other = fid.LPIPS.load(dead, LIN), peer(dead, True)
+    net.features[29] = other.net.slice5[-1] = torch.nn.Identity()     # a ReLU would hide the gradient at zero
+    grads = []
+    for f in (net, other):
+        x = pictures(1, 32).float().requires_grad_()
+        f(x, -x.detach()).sum().backward()
+        grads.append(x.grad)
+    assert grads[0].isfinite().all() and grads[0].abs().max() > 0 and grads[1].isnan().any()
+
+
+@pytest.fixture(scope="session")
+def thin(tmp_path_factory):
+    net = fid.LPIPS([4, 4, 6, 6, 8, 8, 8, 8, 10, 8, 8, 8, 8])
+    file = tmp_path_factory.mktemp("vgg") / "thin.pth"
+    names = [k for k in net.state_dict() if k.startswith("features")]
+    torch.save({k: torch.from_numpy(gen(k, net.state_dict()[k].shape)) for k in names}, file)
+    return file
+
+
+def test_a_thinner_vgg_is_read_by_its_own_widths(thin):
+    net = fid.LPIPS.load(thin, None)
+    a, b = (pictures(2, 32, seed=seed) / 127.5 - 1 for seed in (3, 4))
+    x, y, expected = (a - net.shift) / net.scale, (b - net.shift) / net.scale, 0
+    for i, layer in enumerate(net.features):
+        x, y = layer(x), layer(y)
+        if i in (3, 8, 15, 22, 29):
+            expected += (F.normalize(x) - F.normalize(y)).square().sum(1).mean((1, 2)) / 5
+    assert relative(net(a, b), expected) < 1e-5
+    with pytest.raises(ValueError, match="vgg.pth.*lin0"):
+        fid.LPIPS.load(thin, LIN)
+    with pytest.raises(ValueError, match="not a VGG16: no tensor features.0.weight"):
+        fid.LPIPS.load(LIN, None)
+
+
+# ------------------------------------------------------------------------------------------------- distances and scores
+
+
+def cloud(n, d, seed=0, scale=1.0):
+    g = np.random.RandomState(seed)
+    return g.standard_normal((n, d)) * scale @ g.standard_normal((d, d)) / math.sqrt(d) + g.standard_normal(d)
+
+
+def moments(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def test_frechet_equals_the_formula_with_scipys_square_root():
+    for seed, d in ((0, 5), (1, 60)):
+        (m1, s1), (m2, s2) = moments(cloud(500, d, seed)), moments(cloud(400, d, seed + 5, 1.5))
+        expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+        assert fid.frechet(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_of_commuting_gaussians_is_the_closed_form():
+    q = np.linalg.qr(np.random.RandomState(0).standard_normal((40, 40)))[0]
+    a, b = np.geomspace(1e-6, 1e3, 40), np.geomspace(10, 1e-4, 40)
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + 40
+    assert fid.frechet(np.zeros(40), q * a @ q.T, np.ones(40), q * b @ q.T) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_of_fewer_images_than_features_is_the_nuclear_norm_form():
+    for n, m in ((20, 50), (50, 20), (20, 300)):
+        a, b = cloud(n, 120, 1), cloud(m, 120, 2)
+        (m1, s1), (m2, s2) = moments(a), moments(b)
+        root = np.linalg.norm((a - m1) @ (b - m2).T, "nuc") / math.sqrt((n - 1) * (m - 1))
+        expected = ((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+        assert fid.frechet(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-6)
+        assert abs(fid.frechet(m1, s1, m1, s1)) < 1e-6 * np.trace(s1)
+
+
+def test_inception_score_is_adms_over_consecutive_splits():
+    logits = np.random.RandomState(0).standard_normal((12_000, 10)) * 3
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    p[7] = np.eye(10)[3]                                            # a certain answer has zeros, whose p log p is 0
+    parts = []
+    for part in (p[:5000], p[5000:10_000], p[10_000:]):
+        log = np.log(part, where=part > 0, out=np.zeros_like(part))
+        parts.append(np.exp((part * (log - np.log(part.mean(0)))).sum(1).mean()))
+    assert fid.inception_score(p) == pytest.approx(np.mean(parts), rel=1e-12)
+    peer = isc_features_to_metric(torch.from_numpy(logits[:10_000]), splits=2, shuffle=False)
+    p[7] = np.exp(logits[7]) / np.exp(logits[7]).sum()
+    assert fid.inception_score(p[:10_000]) == pytest.approx(peer["inception_score_mean"], rel=1e-6)
+
+
+@pytest.mark.parametrize("k, chunk", [(3, 1024), (3, 17), (5, 64)])
+def test_precision_and_recall_equal_the_definition_and_prdc(k, chunk):
+    real, fake = cloud(200, 6, 1), cloud(150, 6, 1, 1.3) + 0.5
+    d = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=2)
+    inside = lambda points, centres: (d(points, centres) <= np.sort(d(centres, centres), 1)[:, k]).any(1).mean()
+    ours = fid.precision_recall(real, fake, k, chunk)
+    assert ours == (inside(fake, real), inside(real, fake)) and 0.05 < min(ours) < max(ours) < 0.99
+    theirs = compute_prdc(real, fake, k)
+    assert ours == (theirs["precision"], theirs["recall"])
+
+
+def test_precision_and_recall_survive_features_far_from_zero():
+    real, fake = cloud(200, 6, 1), cloud(150, 6, 1, 1.3) + 0.5
+    assert fid.precision_recall(real + 1e6, fake + 1e6) == fid.precision_recall(real, fake)
+
+
+def test_precision_and_recall_need_more_images_than_neighbours():
+    with pytest.raises(ValueError, match="more than 3"):
+        fid.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+@pytest.mark.parametrize("size", [7, 32, (20, 45)])
+def test_psnr_and_ssim_equal_scikit_image(size):
+    size = (size, size) if isinstance(size, int) else size
+    a = pictures(4, *size) / 255
+    b = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    ours, rows = [fid.psnr(a, b), fid.ssim(a, b), fid.ssim(a, b, data_range=2)], []
+    for x, y in zip(a.double().permute(0, 2, 3, 1).numpy(), b.double().permute(0, 2, 3, 1).numpy()):
+        rows.append([skimage.metrics.peak_signal_noise_ratio(x, y, data_range=1),
+                     skimage.metrics.structural_similarity(x, y, channel_axis=-1, data_range=1),
+                     skimage.metrics.structural_similarity(x, y, channel_axis=-1, data_range=2)])
+    for mine, theirs in zip(ours, np.array(rows).T):
+        assert mine.shape == (4,) and relative(mine, theirs) < 1e-9
+
+
+# -------------------------------------------------------------------------------------- image sets and their statistics
+
+
+def net(x):
+    """A feature network that needs no weights: 24 projections of the pixels, and 5 class probabilities."""
+    w = torch.from_numpy(np.random.RandomState(0).standard_normal((x[0].numel(), 29)) / 100)
+    y = (x.double() / 255).flatten(1) @ w
+    return y[:, :24], (20 * y[:, 24:]).softmax(1)
+
+
+def test_statistics_do_not_depend_on_the_batches():
+    images = pictures(65, 16)
+    features = net(images)[0].numpy()
+    for micro in (1, 7, 64):
+        mu, sigma = fid.measure(net, images, micro=micro).moments[0]
+        for ours, numpy in ((mu, features.mean(0)), (sigma, np.cov(features, rowvar=False))):
+            assert np.linalg.norm(ours.numpy() - numpy) < 1e-12 * np.linalg.norm(numpy)
+
+
+def test_evaluate_is_its_parts():
+    real, fake, labels = pictures(40, 16), pictures(30, 16, seed=9), np.arange(30) % 5
+    (fr, _), (ff, pf) = net(real), net(fake)
+    out = fid.evaluate(net, fake, real, labels, micro=7)
+    precision, recall = fid.precision_recall(fr, ff)
+    expected = {"n": 30, "fd": fid.frechet(*moments(ff.numpy()), *moments(fr.numpy())), "is": fid.inception_score(pf),
+                "precision": precision, "recall": recall, "accuracy": (pf.argmax(1).numpy() == labels).mean()}
+    assert out.keys() == expected.keys() and 0 < out["accuracy"] < 1
+    assert out == pytest.approx(expected, rel=1e-9)
+    assert fid.evaluate(lambda x: (net(x)[0], None), fake, real, k=0).keys() == {"n", "fd"}
+
+
+def test_every_form_of_the_same_images_gives_the_same_numbers(tmp_path):
+    real, fake = pictures(40, 16), pictures(30, 16, seed=9)
+    array = fake.permute(0, 2, 3, 1).contiguous().numpy()
+    np.savez(tmp_path / "plain.npz", arr_0=array, arr_1=np.arange(30))
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=array)
+    (tmp_path / "folder" / "deep" / "deeper").mkdir(parents=True)
+    for i, x in enumerate(array):
+        Image.fromarray(x).save(tmp_path / "folder" / ("" if i % 2 else "deep/deeper") / f"{i}.png")
+    expected = fid.evaluate(net, fake, real)
+    for source in (array, tmp_path / "plain.npz", str(tmp_path / "packed.npz"), tmp_path / "folder", list(fake),
+                   [(x, 0) for x in fake], fid.measure(net, fake)):
+        out = fid.evaluate(net, source, real)
+        assert out == pytest.approx(expected, rel=1e-9), source
+
+
+def test_an_npz_stored_plain_is_mapped_and_not_read(tmp_path):
+    array = np.random.RandomState(0).randint(0, 256, (5, 4, 6, 3)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", other=np.zeros(3), arr_0=array)
+    mapped = fid.npz_array(tmp_path / "a.npz", "arr_0")
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, array)
+
+
+def test_a_statistics_file_stands_for_its_images(tmp_path):
+    real, fake = pictures(40, 16), pictures(30, 16, seed=9)
+    two = lambda x: (net(x)[0], net(x)[0][:, :7] ** 2, None)
+    fid.measure(two, real, space="two").save(tmp_path / "s.npz")
+    expected, out = fid.evaluate(two, fake, real), fid.evaluate(two, fake, tmp_path / "s.npz", space="two")
+    assert {k: expected[k] for k in ("n", "fd", "sfd")} == out
+    with pytest.raises(ValueError, match="s.npz: statistics of another feature space"):
+        fid.evaluate(two, fake, tmp_path / "s.npz", space="another")
+    with pytest.raises(ValueError, match=r"s.npz: statistics of another feature space \(24 features"):
+        fid.evaluate(lambda x: (net(x)[0][:, :9], None), fake, tmp_path / "s.npz")
+
+
+def test_a_references_own_moments_count_and_its_images_serve_precision_and_recall(tmp_path):
+    real, fake = pictures(40, 16), pictures(30, 16, seed=9)
+    mu, sigma = moments(net(real)[0].numpy())
+    few = real[:20].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "ref.npz", arr_0=few, mu=mu, sigma=sigma)
+    out = fid.evaluate(net, fake, tmp_path / "ref.npz")
+    assert out["fd"] == pytest.approx(fid.evaluate(net, fake, real)["fd"], rel=1e-9)
+    assert out["precision"] == fid.evaluate(net, fake, few)["precision"]
+
+
+def test_autocast_and_low_matmul_precision_of_the_caller_do_not_reach_a_metric():
+    real, fake = pictures(12, 16), pictures(10, 16, seed=9)
+    w = torch.randn(768, 8, generator=torch.Generator().manual_seed(0)) / 100
+    small = lambda x: ((x.float() / 255).flatten(1) @ w, None)
+    expected = fid.evaluate(small, fake, real, k=0)["fd"]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative(small(fake)[0], fid.measure(small, fake).features) > 1e-4
+            assert fid.evaluate(small, fake, real, k=0)["fd"] == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("source, words", [
+    (np.zeros((4, 16, 16, 3), np.float32), "images are float32, expected uint8 in 0..255"),
+    (np.full((4, 16, 16, 3), np.nan), "float64"),
+    (np.zeros((4, 3, 16, 16), np.uint8), r"images are \[4, 3, 16, 16\], expected \[N,H,W,3\]"),
+    (torch.zeros((4, 16, 16, 3), dtype=torch.uint8), r"expected \[N,3,H,W\]"),
+    (torch.zeros((4, 3, 16, 16)), "float32"),
+    ([torch.zeros(3, 16, 16)] * 4, "float32"),
+    ([torch.zeros(3, 16, 16, dtype=torch.uint8), torch.zeros(3, 16, 15, dtype=torch.uint8)], "image 1 is"),
+    (torch.zeros((1, 3, 16, 16), dtype=torch.uint8), "two at least"),
+    ("no/such/place", "no/such/place: no such file or folder"),
+])
+def test_what_would_give_a_wrong_number_ends_in_one_line(source, words):
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        fid.evaluate(net, source, pictures(4, 16), k=0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, write, words", [
+    ("a.npz", lambda f: np.savez(f, arr_0=np.zeros((4, 16, 16, 3), np.float32)), "arr_0: images are float32"),
+    ("a.npz", lambda f: np.savez(f, images=np.zeros(3)), "neither images"),
+    ("a.npz", lambda f: np.savez(f, mu=np.zeros(3), sigma=np.zeros((2, 2))), "mu and sigma"),
+    ("a.npz", lambda f: np.savez(f, mu=np.zeros(3), sigma=np.full((3, 3), np.nan)), "mu and sigma"),
+    ("a.npz", lambda f: f.write_bytes(b"PK\x03\x04 cut short"), "a.npz: neither a folder"),
+    ("a/b.png", lambda f: (f.parent.mkdir(), f.write_bytes(b"\x89PNG\r\n\x1a\n")), "b.png: not a readable image"),
+])
+def test_a_bad_file_is_named_in_one_line(tmp_path, name, write, words):
+    write(tmp_path / name)
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        fid.evaluate(net, tmp_path / name.split("/")[0], pictures(4, 16), k=0)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_and_features_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="4 images but 3 labels"):
+        fid.evaluate(net, pictures(4, 16), pictures(4, 16), labels=[0, 1, 2])
+    with pytest.raises(ValueError, match="not finite"):
+        fid.evaluate(lambda x: (net(x)[0] / 0, None), pictures(4, 16), pictures(4, 16))
+
+
+def test_what_another_process_cannot_read_is_reported_here():
+    run = SimpleNamespace(rank=0, world=2, device="cpu", bar=vae.Run().bar, all=lambda e: [e, "far.png: not readable"])
+    seen = []
+    with pytest.raises(ValueError, match="far.png: not readable"):
+        for places, x in fid.batches(pictures(7, 8), 2, run, "pictures"):
+            seen += places.tolist()
+    assert seen == [0, 2, 4, 6]
+
+
+TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, "{root}")
+import numpy as np, torch, fid, vae
+{net}
+def main():
+    run, labels = vae.Run(), np.arange(31) % 5
+    out = fid.evaluate(net, "{here}/fake.npz", "{here}/real.npz", labels, micro=4, run=run)
+    mu, sigma = fid.measure(net, "{here}/fake.npz", run=run, micro=4).moments[0]
+    if run.main:
+        json.dump([out, mu.tolist(), sigma.tolist()], open("{here}/out.json", "w"))
+
+vae.main(main)
+"""
+
+
+def test_two_processes_see_each_image_once(tmp_path):
+    for name, x in (("fake", pictures(31, 16, seed=9)), ("real", pictures(40, 16))):
+        np.savez(tmp_path / f"{name}.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "two.py").write_text(TWO_PROCESSES.format(root=ROOT, here=tmp_path, net=inspect.getsource(net)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, str(tmp_path / "two.py")], check=True, capture_output=True)
+    two, mu, sigma = json.loads((tmp_path / "out.json").read_text())
+    one = fid.evaluate(net, pictures(31, 16, seed=9), pictures(40, 16), np.arange(31) % 5)
+    features = net(pictures(31, 16, seed=9))[0].numpy()
+    for ours, numpy in ((mu, features.mean(0)), (sigma, np.cov(features, rowvar=False))):
+        assert np.linalg.norm(np.array(ours) - numpy) < 1e-12 * np.linalg.norm(numpy)
+    assert two == pytest.approx(one, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_fid_and_inception_score_equal_torch_fidelitys(inception, tmp_path, monkeypatch):
+    real, fake = pictures(40), pictures(30, seed=5)
+    for name, x in (("real", real), ("fake", fake)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
+    command(monkeypatch, tmp_path / "fake.npz", "--ref", tmp_path / "real.npz", "--inception", inception[0])
+    ours = json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "fake.npz")]["value"]
+    peer = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(inception[0]))
+    with torch.no_grad():
+        (pool, logits), (reference, _) = peer(fake), peer(real)
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (pool, reference)), verbose=False)
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    theirs = isc_features_to_metric(logits, splits=1, shuffle=False)
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    known = compute_prdc(reference.double().numpy(), pool.double().numpy(), 3)
+    assert (ours["precision"], ours["recall"]) == (known["precision"], known["recall"]) and ours["sfid"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------- latent spaces
+
+
+class Pixels:
+    """A stand-in VAE whose latent is the picture itself plus a constant; decode halves it."""
+    f, z_channels = 1, 3
+
+    def __init__(self, offset=0.0):
+        self.offset = offset
+
+    def encode(self, x):
+        return SimpleNamespace(mean=x + self.offset, std=torch.full_like(x, 0.25), kl=lambda: x.flatten(1).sum(1),
+                               sample=lambda noise: x + self.offset + 0.25 * noise)
+
+    def decode(self, z):
+        return z / 2
+
+
+def test_two_equal_views_are_perfectly_consistent():
+    images, views = pictures(6, 32), fid.augmentations(scale=(1, 1), ratio=(1, 1))
+    symmetric = torch.cat([images, images.flip(-1)], 3)
+    gray = images[:, :1].expand(-1, 3, -1, -1)
+    for data, name in ((images, "crop"), (symmetric, "flip"), (gray, "grayscale")):
+        for value in fid.consistency(Pixels(), data, views[name]):
+            assert value.shape == (6,) and (value - 1).abs().max() < 1e-4     # gray: the luma weights sum to .9999
+
+
+def test_consistency_is_the_cosine_of_the_two_views_latents():
+    images = pictures(9, 32)
+    x = images.double() / 127.5 - 1
+    raw, centred = fid.consistency(Pixels(), images, fid.augmentations()["flip"], micro=4)
+    mean = x.mean((0, 2, 3))[:, None, None]
+    assert relative(raw, F.cosine_similarity(x.flatten(1), x.flip(-1).flatten(1))) < 1e-6
+    assert relative(centred, F.cosine_similarity((x - mean).flatten(1), (x - mean).flip(-1).flatten(1))) < 1e-6
+
+
+def test_a_constant_offset_raises_the_raw_value_and_not_the_centred_one():
+    images, flip = pictures(9, 32), fid.augmentations()["flip"]
+    raw, centred = fid.consistency(Pixels(), images, flip)
+    moved, still = fid.consistency(Pixels(offset=20.0), images, flip)
+    assert moved.min() > 0.99 > raw.max() and relative(still, centred) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "blur", "grayscale", "all"])
+def test_views_are_drawn_by_the_seed_and_the_image_alone(name):
+    images, views = pictures(7, 32), fid.augmentations()[name]
+    one, two = (fid.consistency(Pixels(), images, views, seed=3, micro=m)[0] for m in (2, 64))
+    assert torch.allclose(one, two, atol=1e-12) and one.max() <= 1 + 1e-12
+    other = fid.consistency(Pixels(), images, views, seed=4)[0]
+    assert torch.equal(one, other) == (name in ("flip", "grayscale"))
+
+
+def test_the_crop_is_torchvisions_random_resized_crop(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(fid.TF, "resize", lambda x, *_, **__: shapes.append(x.shape[1:]) or x)
+    crop, x = fid.augmentations()["crop"], torch.zeros(3, 64, 64)
+    for i in range(1000):
+        crop(x, vae.rng(0, "augment", i))
+    torch.manual_seed(0)
+    get = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([get(x, (0.08, 1), (3 / 4, 4 / 3))[2:] for _ in range(2000)])
+    ours = np.array(shapes)
+    assert np.allclose(ours.mean(0), theirs.mean(0), rtol=0.03) and np.allclose(ours.std(0), theirs.std(0), rtol=0.06)
+    assert abs(np.log(ours[:, 0] / ours[:, 1]).std() - np.log(theirs[:, 0] / theirs[:, 1]).std()) < 0.01
+
+
+@pytest.mark.parametrize("size, kernel", [(32, 3), (64, 7), (224, 23), (256, 23)])
+def test_the_blurs_kernel_grows_with_the_image(monkeypatch, size, kernel):
+    seen = []
+    monkeypatch.setattr(fid.TF, "gaussian_blur", lambda x, k, sigma: seen.append((k, sigma)) or x)
+    fid.augmentations()["blur"](torch.zeros(3, size, size), vae.rng(0, "augment", 0))
+    assert [k for k, _ in seen] == [kernel] * 2 and 0.1 <= seen[0][1] != seen[1][1] <= 2
+
+
+def test_reconstruction_numbers_are_those_of_the_sampled_latents():
+    images = pictures(9, 16)
+    rows, made, latents = fid.reconstruct(Pixels(), images, 5, 4, vae.Run(), "pixels", inception=net, keep=6)
+    x = images / 127.5 - 1
+    z = x + 0.25 * torch.stack([vae.normal((3, 16, 16), 5, "noise", i) for i in range(9)])
+    y = ((z / 2).clamp(-1, 1) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    assert relative(rows["psnr"], fid.psnr(images / 255, y / 255)) < 1e-12
+    assert relative(rows["ssim2"], fid.ssim(images / 255, y / 255, 2)) < 1e-12
+    assert relative(rows["z_mean"].mean(), z.double().mean()) < 1e-6 and rows["z_max"].max() == z.max()
+    assert relative(rows["z_square"].mean() - rows["z_mean"].mean() ** 2, z.double().var(correction=0)) < 1e-6
+    assert (rows["posterior_std"] == 0.25).all() and relative(rows["kl"], x.flatten(1).sum(1)) < 1e-6
+    assert torch.equal(latents, x[:6]) and relative(made.moments[0][0], net(y)[0].mean(0)) < 1e-12
+
+
+def test_the_linear_probe_is_logistic_regression():
+    g = np.random.RandomState(0)
+    y = g.randint(0, 4, 600)
+    x = g.standard_normal((600, 12)) * 2 + g.standard_normal((4, 12))[y] * 2 + 5
+    z = (x - x[:300].mean(0)) / x[:300].std(0, ddof=1)
+    peer = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000, tol=1e-8).fit(z[:300], y[:300])
+    ours = fid.probe(torch.from_numpy(x), torch.from_numpy(y))
+    assert abs(ours - peer.score(z[300:], y[300:])) < 0.01 and 0.5 < ours < 0.99
+    assert fid.probe(torch.from_numpy(x), torch.from_numpy(g.randint(0, 4, 600))) < 0.4      # chance is .25
+
+
+def test_every_beginning_of_the_order_has_all_classes_in_proportion():
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    order = fid.stratified(labels, 0)
+    assert sorted(order) == list(range(1000)) and not np.array_equal(order, fid.stratified(labels, 1))
+    for n in (50, 200, 500):
+        assert np.abs(np.bincount(labels[order[:n]], minlength=3) - n * np.array([0.6, 0.3, 0.1])).max() <= 2
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, words)])
+    fid.main()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with data/ (two classes of 12 pictures) and two small VAEs, one/ and two/."""
+    root = tmp_path_factory.mktemp("world")
+    for i, x in enumerate(pictures(24, 20).permute(0, 2, 3, 1).numpy()):
+        (root / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(root / "data" / "ab"[i % 2] / f"{i}.png")
+    for seed, name in enumerate(["one", "two"]):
+        torch.manual_seed(seed)
+        vae.VAE(8, (1, 2), 1, 4).save(root / name)
+    return root
+
+
+def test_the_command_measures_latent_spaces_paired(world, monkeypatch, capsys):
+    command(monkeypatch, "--vae", world / "one", world / "two", "--data", world / "data", "--size", 16,
+            "--inception", "none", "--probe", "--micro", 7)
+    book = json.loads((world / "one" / "results.json").read_text())
+    one, two = (book[str(world / name)]["value"] for name in ("one", "two"))
+    names = {"psnr", "ssim", "ssim2", "sc_crop", "sc_flip_centred", "sc_all", "z_std", "kl", "probe_flat", "probe_mean"}
+    assert names <= one.keys() and "rfid" not in one and "lpips" not in one and one["n"] == 24
+    assert abs(two["difference"]["sc_flip"] - (two["sc_flip"] - one["sc_flip"])) < 1e-12
+    assert {"value", "command", "settings", "seed", "versions"} <= book[str(world / "one")].keys()
+    assert "difference" in capsys.readouterr().out
+    model = vae.VAE.load(world / "one")
+    images = torch.stack([x for x, _ in vae.Images(world / "data", 16)])
+    with torch.no_grad():
+        z = model.encode(images / 127.5 - 1)
+    assert relative(one["posterior_std"], z.std.mean()) < 1e-5 and relative(one["kl"], z.kl().mean()) < 1e-5
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A stand-in for Inception that takes no time: two feature sets and probabilities."""
+    stand_in = torch.nn.Module()
+    stand_in.forward = lambda x: (net(x)[0], net(x)[0][:, :7] ** 2, net(x)[1])
+    monkeypatch.setattr(fid.Inception, "load", lambda source: stand_in)
+
+
+def test_the_command_adds_lpips_and_reconstruction_fid(world, quick, thin, monkeypatch, tmp_path):
+    command(monkeypatch, "--vae", world / "one", "--data", world / "data", "--size", 16, "--num", 20, "--vgg", thin,
+            "--out", tmp_path / "r.json")
+    value = json.loads((tmp_path / "r.json").read_text())[str(world / "one")]["value"]
+    assert value["n"] == 20 and value["rfid"] > 0 and value["lpips"] > 0
+
+
+def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, monkeypatch, tmp_path):
+    data = np.stack([np.array(Image.open(p)) for p in sorted((world / "data").rglob("*.png"))])
+    np.savez(tmp_path / "b.npz", arr_0=255 - data[:20])
+    command(monkeypatch, world / "data", tmp_path / "b.npz", "--ref", world / "data", "--save-stats",
+            tmp_path / "s.npz")
+    book = json.loads((world / "data" / "results.json").read_text())
+    same, other = (book[str(path)]["value"] for path in (world / "data", tmp_path / "b.npz"))
+    assert other.keys() == {"n", "fid", "sfid", "is", "precision", "recall"} and other["sfid"] > 0
+    assert same["fid"] < 1e-6 * other["fid"] and same["precision"] == same["recall"] == 1
+    command(monkeypatch, tmp_path / "b.npz", "--ref", tmp_path / "s.npz")
+    again = json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "b.npz")]["value"]
+    assert again["fid"] == pytest.approx(other["fid"], rel=1e-9) and "precision" not in again
+
+
+def test_the_command_takes_distances_in_dinov2s_features(world, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    torch.save(dino.DINOv2(dim=64, depth=2, patch=14, registers=4).state_dict(), tmp_path / "dino.pth")
+    np.savez(tmp_path / "b.npz", arr_0=pictures(20, 20, seed=9).permute(0, 2, 3, 1).numpy())
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data", "--features", "dinov2",
+            "--dino", tmp_path / "dino.pth")
+    value = json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "b.npz")]["value"]
+    cls = []
+    for x in (pictures(20, 20, seed=9), torch.stack([x for x, _ in vae.Images(world / "data", None)])):
+        x = F.interpolate(x / 127.5 - 1, (224, 224), mode="bicubic", antialias=True) / 2 + 0.5
+        x = torchvision.transforms.functional.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        with torch.no_grad():
+            cls.append(dino.DINOv2.load(tmp_path / "dino.pth")(x)[1].double().numpy())
+    assert value.keys() == {"n", "fd", "precision", "recall"}
+    assert value["fd"] == pytest.approx(fid.frechet(*moments(cls[0]), *moments(cls[1])), rel=1e-4)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("{w}/data", "--ref"),
+    ("--vae {w}/one", "--data"),
+    ("--vae {w}/one --data {w}/data --inception none --num 99", "holds 24 images, --num asks for 99"),
+    ("--vae {w}/one --data {w}/data/a --inception none --probe", "--probe needs one folder of images per class"),
+    ("--vae {w}/one --data {w}/data --inception none --size 15", "multiples of 2, not (15, 15); see --size"),
+    ("--vae {w}/none --data {w}/data --inception none", "none: no VAE here"),
+    ("{w}/data --ref {w}/data --num 23 --inception x.pth", "holds 24 images, --num asks for 23"),
+    ("{w}/data --ref {w}/data --inception x.pth", "x.pth: no such file"),
+    ("{w}/data --ref {w}/nothing", "nothing: no such file or folder of images"),
+])
+def test_a_command_that_cannot_be_carried_out_says_why_in_one_line(world, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["fid.py", *words.format(w=world).split()])
+    with pytest.raises(SystemExit) as end:
+        vae.main(fid.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "img/s" not in line and line]
+    assert end.value.code == 1 and len(lines) == 1
+    assert lines[0].startswith("fid.py: ") and message in lines[0]
+
+
+# --------------------------------------------------------------------------------------------------------- photographs
+
+
+@pytest.mark.slow
+def test_distances_of_photographs_move_the_way_they_must(shared):
+    sys.path.insert(0, str(shared))
+    from judge import SqueezeNet
+    judge = SqueezeNet(shared / "weights/squeezenet.pth", size=160)
+    pooled = lambda x: (judge(vae.from_uint8(x))[0], None)
+    folder = vae.Images(shared / "data/imagenette/val", 64)
+    order = fid.stratified(folder.labels, 0)
+    half, other = (torch.stack([folder[i][0] for i in part]) for part in (order[:300], order[300:600]))
+    reference = fid.measure(pooled, half, micro=10)
+    distance = lambda x: fid.evaluate(pooled, x, reference, micro=10)["fd"]
+    normal = torch.randn(other.shape, generator=torch.Generator().manual_seed(0))
+    noise = lambda s: (other + s * normal).clamp(0, 255).to(torch.uint8)
+    blur = lambda s: torchvision.transforms.functional.gaussian_blur(other, 13, s)
+    jpeg = lambda q: torch.stack([torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(x, q)) for x in other])
+    floor = distance(other)
+    for weak, strong in ((noise(10), noise(25)), (blur(1.0), blur(2.0)), (jpeg(50), jpeg(10))):
+        assert floor < distance(weak) < distance(strong)
+    kept = [i for i in order[300:] if folder.labels[i] >= 5][:300]
+    assert floor < distance(torch.stack([folder[i][0] for i in kept]))
