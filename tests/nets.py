@@ -1,0 +1,227 @@
+"""The demo's small networks: a teacher in DINOv2's architecture, and judges of another kind that score what is painted.
+
+    python tests/nets.py SAMPLES.npz ... --judge out/demo/judge.pth --ref out/demo/data/val --size 32
+
+A judge enters through fid.evaluate: any function from uint8 images [B,3,H,W] to features [B,D] and class probabilities.
+--judge takes a file of train_judge, the word random (the same network with random weights, which names nothing), or a python
+file that holds another network's class: SqueezeNet, as judge.py of the shared experiments has it.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fid
+import vae as V
+from dino import MEAN, STD, DINOv2
+
+
+class Judge(nn.Module):
+    """Eight convolutions and a mean over the picture: uint8 [B,3,H,W] -> features [B,128], class probabilities [B,K]."""
+
+    def __init__(self, classes=10, widths=(32, 64, 128, 128)):
+        super().__init__()
+        layers, cin = [], 3
+        for w in widths:
+            for _ in range(2):
+                layers += [nn.Conv2d(cin, w, 3, padding=1, bias=False), nn.BatchNorm2d(w), nn.ReLU()]
+                cin = w
+            layers.append(nn.MaxPool2d(2))
+        self.body, self.head = nn.Sequential(*layers[:-1]), nn.Linear(cin, classes)
+
+    def logits(self, x):
+        features = self.body(V.from_uint8(x)).mean((2, 3))            # [B, 128]
+        return features, self.head(features)
+
+    def forward(self, x):
+        with torch.no_grad():
+            features, logits = self.logits(x)
+        return features, logits.softmax(1)
+
+
+def schedule(step, steps, warmup):
+    """Linear warm-up, then a cosine to zero."""
+    return min((step + 1) / warmup, 1) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit(nets, loss, data, steps, batch, lr, decay, name):
+    """AdamW on loss(indices) over random batches; matrices decay, vectors do not."""
+    params = [p for net in nets for p in net.parameters()]
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95))
+    for step in (bar := tqdm(range(steps), name, unit="step", mininterval=0.2 if sys.stderr.isatty() else 20)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps, min(100, steps // 4 + 1))
+        value = loss(torch.from_numpy(V.rng(0, "order", step).integers(len(data), size=batch)), step)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
+
+
+def jitter(x, step, pad):
+    """A batch shifted by up to `pad` pixels and, for half of the batches, mirrored: keyed by the step."""
+    g = V.rng(0, "augment", step)
+    dx, dy = g.integers(0, 2 * pad + 1, 2)
+    x = F.pad(x.float(), (pad,) * 4, mode="reflect")[..., dy:dy + x.shape[2], dx:dx + x.shape[3]].to(x.dtype)
+    return x.flip(-1) if g.random() < 0.5 else x
+
+
+def train_judge(images, labels, steps, path, test):
+    """Cross entropy on whole pictures; saves the state dict. images uint8 [N,3,S,S], test = (images, labels, ...)."""
+    torch.manual_seed(1)
+    net = Judge(int(labels.max()) + 1)
+
+    def loss(i, step):
+        return F.cross_entropy(net.logits(jitter(images[i], step, images.shape[-1] // 16))[1], labels[i], label_smoothing=0.1)
+    fit([net], loss, images, steps, 64, 4e-3, 0.05, "judge")
+    net.eval()
+    right = torch.cat([net(x)[1].argmax(1) for x in test[0][:2000].split(100)]) == test[1][:2000]
+    print(f"judge: names {right.float().mean():.1%} of the test pictures right")
+    V.save(net.state_dict(), path)
+
+
+def patch_labels(masks, labels, patch, none):
+    """Masks bool [B,S,S] -> the label of each patch [B,N]: the picture's where the shape covers half of it, else `none`."""
+    share = F.avg_pool2d(masks.float()[:, None], patch).flatten(1)
+    return torch.where(share >= 0.5, labels[:, None], none)
+
+
+def start_teacher(net, images):
+    """What lets so small a ViT learn in minutes: patches whitened by their own statistics, positions from sines."""
+    p, dim, grid = net.patch, net.dim, net.grid
+    patches = F.unfold(normalised(images[:1000]), p, stride=p).transpose(1, 2).flatten(0, 1)   # [M, 3*p*p]
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    white = (vectors / (values + 1e-2).sqrt()).T
+    rows = torch.cat([white, -white, torch.randn(dim, len(white)) / math.sqrt(len(white))])[-dim:] if dim > 2 * len(white) else \
+        torch.cat([white, -white]).flip(0)[:dim]
+    at, w = torch.arange(grid).float(), 1 / 100 ** (torch.arange(dim // 4) / (dim / 4))
+    line = torch.cat([(at[:, None] * w).sin(), (at[:, None] * w).cos()], 1)                     # [grid, dim/2]
+    plane = torch.cat([line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)], -1)
+    with torch.no_grad():
+        net.patch_embed.proj.weight.copy_(0.5 * rows.view(dim, 3, p, p))
+        net.pos_embed[0, 1:] = plane.flatten(0, 1)
+
+
+def normalised(x):
+    return (x.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def train_teacher(images, labels, masks, steps, path, test):
+    """dino.py's own network, 128 wide, 3 deep, patch 4, saved in Meta's layout: cross entropy of the class token, and of the
+    patches: with masks [N,S,S], which shape covers them; without, of their mean."""
+    torch.manual_seed(0)
+    classes, size = int(labels.max()) + 1, images.shape[-1]
+    net = DINOv2(128, 3, patch=4, registers=4, grid=size // 4)
+    start_teacher(net, images)
+    on_cls, on_patch = nn.Linear(128, classes), nn.Linear(128, classes + 1)
+
+    def loss(i, step):
+        x = images[i] if masks is not None else jitter(images[i], step, size // 16)
+        patch, cls = net(normalised(x))                               # [B, N, 128], [B, 128]
+        if masks is None:
+            patches = F.cross_entropy(on_patch(patch.mean(1)), labels[i])
+        else:
+            patches = F.cross_entropy(on_patch(patch).transpose(1, 2), patch_labels(masks[i], labels[i], 4, classes))
+        return F.cross_entropy(on_cls(cls), labels[i]) + patches
+    fit([net, on_cls, on_patch], loss, images, steps, 64 if masks is not None else 32, 2e-3, 0.05, "teacher")
+
+    with torch.no_grad():
+        out = [net(normalised(x)) for x in test[0][:2000].split(100)]
+        right = (on_cls(torch.cat([c for _, c in out])).argmax(1) == test[1][:2000]).float().mean()
+        print(f"teacher: names {right:.1%} of the test pictures right", end="")
+        if masks is not None:
+            truth, seen = patch_labels(test[2][:2000], test[1][:2000], 4, classes), on_patch(torch.cat([p for p, _ in out])).argmax(-1)
+            print(f", and {(seen == truth)[truth < classes].float().mean():.1%} of their foreground patches", end="")
+    print()
+    V.save(net.state_dict(), path)
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+def trained(path):
+    state = V.read(path)
+    net = Judge(len(state["head.bias"]))
+    V.load_state(net, state, str(path))
+    return net.eval()
+
+
+def untrained(images):
+    """The judge's network with random weights; its batch norms take their statistics from one pass over real pictures."""
+    torch.manual_seed(2)
+    net = Judge()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+    with torch.no_grad():
+        for x in images.split(100):
+            net.logits(x)
+    net.eval()
+    return lambda x: (net(x)[0], None)
+
+
+def foreign(path, images, labels):
+    """SqueezeNet of a python file -> pooled features, and the ten imagenette classes with each class's mean logit over the
+    given real pictures subtracted, because it leans to some of them in small pictures."""
+    spec = importlib.util.spec_from_file_location("judge", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    net, ten = module.SqueezeNet(), list(module.IMAGENETTE.values())
+
+    def see(x):
+        pooled, logits = (torch.cat(v) for v in zip(*(net(V.from_uint8(part)) for part in x.split(5))))
+        return pooled, logits[:, ten]
+    mean = torch.cat([see(x)[1] for x in tqdm(images.split(50), "class means", mininterval=20)]).mean(0)
+
+    def judge(x):
+        pooled, logits = see(x)
+        return pooled, (logits - mean).softmax(1)
+    right = torch.cat([judge(x)[1].argmax(1) for x in images[:500].split(50)]) == labels[:500]
+    print(f"{path}: names {right.float().mean():.1%} of real pictures of this size right")
+    return judge
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("samples", nargs="+", help="npz files: arr_0 uint8 NHWC, arr_1 labels")
+    p.add_argument("--judge", required=True)
+    p.add_argument("--ref", required=True, help="folder of real pictures, one subfolder per class")
+    p.add_argument("--size", type=int, required=True)
+    p.add_argument("--out", help="json file to add the numbers to")
+    args = p.parse_args()
+    torch.set_grad_enabled(False)
+    data = V.Images(args.ref, args.size)
+    order = V.rng(0, "subset").permutation(len(data))
+    real = torch.stack([data[int(i)][0] for i in order])
+    kind = "random" if args.judge == "random" else "foreign" if args.judge.endswith(".py") else "judge"
+    net = {"random": lambda: untrained(real[:1000]), "judge": lambda: trained(args.judge),
+           "foreign": lambda: foreign(args.judge, real[:1000], torch.as_tensor(data.labels[order]))}[kind]()
+    reference, values = fid.measure(net, real, keep=False), {}
+    print(f"{'':60}{'n':>8}{'FD':>12}{'named right':>14}")
+    for name in args.samples:
+        with np.load(name) as z:
+            labels = torch.from_numpy(z["arr_1"]) if kind != "random" else None
+        values[name] = r = fid.evaluate(net, name, reference, labels, k=0)
+        print(f"{name[-58:]:60}{r['n']:8,}{r['fd']:12.4f}" + (f"{r['accuracy']:14.3f}" if "accuracy" in r else ""), flush=True)
+    if args.out:
+        book = json.loads(Path(args.out).read_text()) if Path(args.out).is_file() else {}
+        book[kind] = {"value": values, "command": shlex.join(["python", *sys.argv])}
+        V.save_json(args.out, book)
+
+
+if __name__ == "__main__":
+    V.main(main)
