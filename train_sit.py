@@ -9,7 +9,6 @@ label drop are drawn anew at each step. --out holds ckpt.pt to go on from, and N
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -307,16 +306,16 @@ def main():
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=run.device.type == "cuda")
     start = resume(args, run, net, ema, optimizer, cache)
     if args.compile:
-        for module in filter(None, (net, ema, teacher)):
-            module.compile()
+        for block in (*net.blocks, net.final_layer, *(teacher.blocks if teacher else ())):
+            block.compile()                               # one compiled block serves them all: seconds instead of minutes
     model, objective = run.parallel(net), Objective(args, run, teacher, net.grid)
     batches = V.loader(Draws(cache, images, norm, args), run, args, start)
 
     run.print(f"{args.process} {args.model}: {sum(p.numel() for p in net.parameters()):,} parameters, {len(cache):,} images, "
               f"{net.classes} classes, {args.steps:,} steps of {args.batch}, {run.world} process(es), {args.dtype} on {run.device.type}")
     run.catch_stop()
-    bar, log = run.bar(args.steps * args.batch, "stage 2", initial=start * args.batch), V.Log(run, args.out)
-    bins, since = torch.zeros(2, 10, dtype=torch.float64, device=run.device), (time.time(), start)
+    bar, log = run.bar(args.steps * args.batch, "stage 2", initial=start * args.batch), V.Log(run, args)
+    bins = torch.zeros(2, 10, dtype=torch.float64, device=run.device)
     for step in range(start, args.steps):
         log.add(train_step(args, step, batches, model, net, objective, optimizer, bins))
         follow(ema, net, args.ema)
@@ -324,10 +323,7 @@ def main():
         done, stop = step + 1, run.stopping()
         if done % args.log_every == 0 or done == args.steps:
             loss, count = run.sum(bins)
-            rate = (done - since[1]) * args.batch / (time.time() - since[0])
-            log.line(done, lr=V.learning_rate(args, step), img_s=rate, GiB=run.memory(), **mfu(net, rate, run),
-                     bins=(loss / count).tolist())
-            since = time.time(), done
+            log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=(loss / count).tolist())
             bins.zero_()
         if run.main and (done % args.picture_every == 0 or done == args.steps):
             sample_grid(args, ema, norm, vae, run.device, Path(args.out) / "pictures" / f"{done:07d}.png")
@@ -339,13 +335,11 @@ def main():
     run.print(f"{args.out} is finished; next:\n  python sample.py --ckpt {args.out} --cfg 1.8")
 
 
-def mfu(net, rate, run):
-    """{"MFU": ...} on a GPU whose dense bf16 peak is known: useful FLOPs (three forwards) over the peak of all ranks."""
-    if run.device.type != "cuda":
-        return {}
-    name = torch.cuda.get_device_name()
+def mfu(net, run):
+    """{"MFU": a function of images/s} on a GPU whose dense bf16 peak is known: useful FLOPs (three forwards) over it."""
+    name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     peak = [v for k, v in PEAK.items() if k in name]
-    return {"MFU": 3 * flops(net.settings) * rate / (peak[0] * run.world)} if peak else {}
+    return {"MFU": lambda rate: 3 * flops(net.settings) * rate / (peak[0] * run.world)} if peak else {}
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def main():
     run.print(f"{len(images):,} images, {sum(p.numel() for p in trained):,} parameters, {args.steps:,} steps of {args.batch}, "
               f"{run.world} process(es), {args.dtype} on {run.device.type}")
     run.catch_stop()
-    bar, log, bad = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args.out), []
+    bar, log, bad = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args), []
     for step in range(start, args.steps):
         seen, unread = train_step(args, step, batches, model, critic, losses, optimizers)
         log.add(seen)
@@ -345,7 +345,7 @@ def main():
         bar.update(args.batch)
         done, stop = step + 1, run.stopping()
         if done % args.log_every == 0 or done == args.steps:
-            log.line(done, lr=V.learning_rate(args, step), GiB=run.memory(), PSNR=reconstruct(stage1, watched)[1])
+            log.line(done, lr=V.learning_rate(args, step), PSNR=reconstruct(stage1, watched)[1])
         if run.main and (done % args.picture_every == 0 or done == args.steps):
             picture(stage1, losses, watched, Path(args.out) / "pictures" / f"{done:07d}.png")
         if done % args.save_every == 0 or done == args.steps or stop:

@@ -203,10 +203,19 @@ class VAE(nn.Module):
         self.decoder = Decoder(widths, blocks, z_channels, self.config["groups"])
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        with torch.no_grad():  # from nothing, start almost deterministic: log variance -4
-            self.quant_conv.weight[z_channels:].zero_()
-            self.quant_conv.bias[z_channels:].fill_(-4)
+        self.begin()
         self.folder, self.info = None, {}  # where it was read from, and what reals.json there says of it
+
+    @torch.no_grad()
+    def begin(self):
+        """For training from nothing: every residual branch begins at zero, the posterior almost deterministic."""
+        for m in self.modules():
+            if isinstance(m, (ResBlock, Attention)):
+                last = m.conv2 if isinstance(m, ResBlock) else m.to_out[0]
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+        self.quant_conv.weight[self.z_channels:].zero_()
+        self.quant_conv.bias[self.z_channels:].fill_(-4)     # log variance
 
     def encode(self, x):
         return Gaussian(self.quant_conv(self.encoder(x)))
@@ -755,8 +764,9 @@ class Run:
 class Log:
     """Means over the steps and ranks between two log lines; each line is printed, and appended to log.jsonl."""
 
-    def __init__(self, run, folder):
-        self.run, self.file, self.sums, self.count = run, Path(folder) / "log.jsonl", {}, 0
+    def __init__(self, run, args):
+        self.run, self.batch, self.file = run, args.batch, Path(args.out) / "log.jsonl"
+        self.sums, self.count, self.since = {}, 0, time.time()
 
     def add(self, seen):
         self.count += 1
@@ -764,11 +774,13 @@ class Log:
             self.sums[k] = self.sums.get(k, 0) + v.detach()
 
     def line(self, step, **more):
-        """Ends the interval: a dict of step, means and `more`; none of it waits for the GPU before this call."""
+        """Ends the interval: step, means, images/s, memory, and `more` (a function there is given the images/s)."""
         names = list(self.sums)
         means = self.run.sum(torch.stack([self.sums[k].double() for k in names])) / (self.count * self.run.world)
-        values = {"step": step, **dict(zip(names, means.tolist())), **more}
-        self.sums, self.count = {}, 0
+        rate = self.count * self.batch / (time.time() - self.since)
+        values = {"step": step, **dict(zip(names, means.tolist())), "img/s": rate, "GiB": self.run.memory(),
+                  **{k: v(rate) if callable(v) else v for k, v in more.items()}}
+        self.sums, self.count, self.since = {}, 0, time.time()
         self.run.print("  ".join(f"{k} {self.short(v)}" for k, v in values.items()))
         if self.run.main:
             with open(self.file, "a") as f:

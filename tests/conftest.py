@@ -1,6 +1,8 @@
 """What several test files share: the golden numbers and the rule behind their weights, and the optional shared folder."""
 import math
 import os
+import signal
+import sys
 import zlib
 from pathlib import Path
 
@@ -78,3 +80,43 @@ def relative(a, b):
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     assert a.shape == b.shape, (a.shape, b.shape)
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def call(module, *words):
+    """A script's main() in this process, with these words as its command line."""
+    argv, kept = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [module.__name__ + ".py", *(w for part in words for w in str(part).split())]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+class Chain:
+    """A tiny run of everything: pictures, a random teacher, a VAE of 4 steps and a SiT of 6, in one folder."""
+
+    tune = "--gan 0.1 --gan-start 1 --perceptual 0 --align 1 --align-hidden 32 --batch 8 --log-every 2 --save-every 2 --picture-every 4"
+    small = "--init none --ch 16 --mult 1 2 4 --blocks 1 --workers 0"
+    sit = "--model T --norm std --std 1 --batch 8 --ema 0.5 --lr 1e-3 --log-every 2 --save-every 2 --picture-every 6 --workers 0"
+
+    def __init__(self, root):
+        import dino
+        import shapes
+        import train_sit
+        import train_vae
+        self.root, self.data = root, root / "data"
+        shapes.write(self.data, 60, 32, 3)
+        torch.manual_seed(0)
+        torch.save(dino.DINOv2(64, 2, patch=4, registers=4, grid=8).state_dict(), root / "dino.pth")
+        self.of_data = f"--data {self.data} --size 32"
+        self.stage1 = f"{self.of_data} --val {self.data} --dino {root}/dino.pth {self.small} {self.tune}"
+        self.stage2 = f"{self.of_data} --vae {root}/vae --cache {root}/latents {self.sit}"
+        call(train_vae, self.stage1, f"--steps 4 --out {root}/vae")
+        call(train_sit, self.stage2, f"--steps 6 --keep 3 --out {root}/sit")
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    return Chain(tmp_path_factory.mktemp("chain"))

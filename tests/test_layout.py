@@ -1,0 +1,51 @@
+"""The house: which files stand at the top, what each may import, and where each equation of the paper stands."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+ROOMS = {"vae": [], "dino": [], "sit": [], "fid": ["vae", "dino"], "train_vae": ["vae", "dino", "fid"],
+         "train_sit": ["vae", "dino", "sit"], "sample": ["vae", "dino", "sit"]}
+PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL", "tqdm"}
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_the_top_level_is_the_seven_files():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {p.split("/")[0] for p in listed if not p.startswith(".")}
+    assert top == {f"{r}.py" for r in ROOMS} | {"README.md", "requirements.txt", "tests"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room):
+    tree = ast.parse((ROOT / f"{room}.py").read_text())
+    found = set(imports(tree))
+    assert found & set(ROOMS) <= set(ROOMS[room])
+    assert found - set(ROOMS) - PACKAGES <= set(sys.stdlib_module_names)
+    top = {id(n) for n in tree.body} | {id(n) for t in tree.body if isinstance(t, ast.Try) for n in ast.walk(t)}
+    assert all(id(n) in top for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))), "an import inside a function"
+
+
+def test_requirements_are_the_six():
+    names = {re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    assert names == {p.replace("PIL", "pillow") for p in PACKAGES}
+
+
+@pytest.mark.parametrize("room, mark", [
+    ("vae", "Eq. 1"), ("train_vae", "Eq. 2"), ("train_vae", "Eq. 3"), ("train_vae", "Eq. 4"), ("train_vae", "Eq. 5"),
+    ("train_vae", "Eq. 6"), ("vae", "Eq. 7"), ("vae", "Eq. 8"), ("fid", "Algorithm 1")])
+def test_each_equation_is_marked_where_it_is_computed(room, mark):
+    assert mark in (ROOT / f"{room}.py").read_text()

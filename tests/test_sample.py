@@ -1,0 +1,142 @@
+"""sample.py: images that depend on (seed, index) alone, labels, refusals, and pictures from latents."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample as S
+import sit
+import vae as V
+from conftest import ROOT, call
+from test_train_sit import run_two
+
+
+def images(folder):
+    return np.load(folder / "images.npy"), np.load(folder / "latents.npy")
+
+
+@pytest.fixture(scope="module")
+def base(chain):
+    command = f"--ckpt {chain.root}/sit --num 10 --steps 6 --cfg 2 --interval 0 0.75"
+    call(S, command, f"--batch 5 --out {chain.root}/samples")
+    return command, images(chain.root / "samples")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 10])
+def test_an_image_does_not_depend_on_the_batch(base, tmp_path, batch):
+    """Up to the rounding of kernels, which take other paths at other batch sizes: 1e-4 of the latents, one level of uint8."""
+    call(S, base[0], f"--batch {batch} --out {tmp_path}")
+    pixels, latents = images(tmp_path)
+    assert np.abs(latents - base[1][1]).max() < 1e-4 * np.abs(latents).max()
+    assert np.abs(pixels.astype(int) - base[1][0]).max() <= 1
+
+
+def test_two_processes_and_a_killed_run_give_the_same_images(base, tmp_path, monkeypatch):
+    put, calls = V.Store.put, []
+
+    def killed(self, first, **parts):
+        calls.append(first)
+        if len(calls) == 2:
+            raise RuntimeError("power cut")
+        put(self, first, **parts)
+    monkeypatch.setattr(V.Store, "put", killed)
+    with pytest.raises(RuntimeError):
+        call(S, base[0], f"--batch 5 --out {tmp_path}/killed")
+    monkeypatch.undo()
+    call(S, base[0], f"--batch 5 --out {tmp_path}/killed")
+    assert all(np.array_equal(a, b) for a, b in zip(images(tmp_path / "killed"), base[1]))     # same batches, same threads: bitwise
+    run_two("sample.py", f"{base[0].replace('--num ', '--num-images ')} --batch 5 --out {tmp_path}/two --npz")
+    pixels, latents = images(tmp_path / "two")
+    assert np.abs(latents - base[1][1]).max() < 1e-4 * np.abs(latents).max()
+    with np.load(tmp_path / "two/samples.npz") as z:
+        assert z["arr_0"].shape == (10, 32, 32, 3) and z["arr_0"].dtype == np.uint8 and np.array_equal(z["arr_0"], pixels)
+        assert np.array_equal(z["arr_1"], [V.rng(0, "label", i).integers(10) for i in range(10)])
+
+
+def test_seeds_that_differ_in_the_high_bits_differ(base, tmp_path):
+    for seed in (5, 5 + 2**32):
+        call(S, base[0], f"--seed {seed} --out {tmp_path}/{seed}")
+    assert not np.array_equal(images(tmp_path / "5")[1], images(tmp_path / str(5 + 2**32))[1])
+
+
+def test_the_decoded_latents_are_the_images(chain, base):
+    vae, (pixels, latents) = V.VAE.load(chain.root / "vae"), base[1]
+    with torch.no_grad():
+        again = V.to_uint8(vae.decode(torch.from_numpy(latents))).permute(0, 2, 3, 1).numpy()
+    assert np.abs(again.astype(int) - pixels).max() <= 1
+
+
+def test_pictures_and_tasks_are_written(chain, tmp_path):
+    call(S, f"--ckpt {chain.root}/sit --num 4 --steps 3 --tasks pca --classes 00_disk 3 --out {tmp_path}")
+    assert Image.open(tmp_path / "grid.png").size == (2 * 34 + 2, 2 * 34 + 2)
+    assert Image.open(tmp_path / "tasks.png").size == (4 * 34 + 2, 2 * 34 + 2) and (tmp_path / "000003.png").is_file()
+
+
+def test_heads_read_generated_latents(chain, tmp_path):
+    """A segmentation head and a depth head of the teacher's width, saved in the public layouts."""
+    import dino
+    torch.manual_seed(0)
+    head = {"decode_head.bn.weight": torch.ones(64), "decode_head.bn.bias": torch.zeros(64), "decode_head.bn.running_mean": torch.zeros(64),
+            "decode_head.bn.running_var": torch.ones(64), "decode_head.conv_seg.weight": torch.randn(21, 64, 1, 1),
+            "decode_head.conv_seg.bias": torch.zeros(21)}
+    torch.save({"meta": {}, "state_dict": head}, tmp_path / "seg.pth")
+    depth = dino.Depth(dim=64, proj=32, widths=(32, 32, 32), expand=1, blocks=1, last=8)
+    torch.save({"model": {f"head.{k}": v for k, v in depth.state_dict().items()}}, tmp_path / "depth.pt")
+    call(S, f"--ckpt {chain.root}/sit --num 2 --steps 3 --tasks seg depth pca --seg-head {tmp_path}/seg.pth --depth-head {tmp_path}/depth.pt",
+         f"--out {tmp_path}/out")
+    sheet = Image.open(tmp_path / "out/tasks.png")
+    assert sheet.size[0] == 2 * 34 + 2 and sheet.size[1] > 4 * 34 + 2      # four rows, and a legend
+
+
+def test_depth_colours_put_the_near_bright():
+    depth = torch.linspace(1, 5, 64).view(1, 8, 8)
+    grey = S.colour_depth(depth).float().mean(1).flatten()
+    assert (grey.diff() <= 1).all() and grey[0] > 200 and grey[-1] < 10
+
+
+def test_foreground_is_the_blob_in_the_middle():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.zeros(8, 8, dtype=torch.bool)
+    truth[2:6, 3:6] = True
+    a, b = torch.randn(2, 16, generator=g)
+    features = torch.where(truth.flatten()[:, None], a, b)[None] + 0.1 * torch.randn(1, 64, 16, generator=g)
+    assert torch.equal(S.foreground(features)[0], truth)
+
+
+def test_balanced_labels_are_balanced():
+    args = type("Args", (), dict(num=25, classes=None, labels="balanced", seed=0))
+    assert np.bincount(S.labels(args, type("M", (), dict(classes=10)), [])).tolist() == [3] * 5 + [2] * 5
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--classes unicorn", "unicorn: no such class"), ("--classes 10", "10: no such class"), ("--sampler ddpm", "--sampler ddpm"),
+    ("--ckpt {root}/none", "none"), ("--vae {other}", "another VAE"), ("--cfg 3", "was made with cfg 2.0, not 3.0: --out"),
+    ("--tasks pca --vae {bare}", "no align.safetensors"), ("--cfg-channels 5", "--cfg-channels 5")])
+def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, words, says):
+    V.VAE.load(chain.root / "vae").save(tmp_path / "bare")
+    V.VAE(16, (1, 2, 4), 1).save(tmp_path / "other")
+    where = chain.root / "samples" if "cfg 3" in words else tmp_path / "out"
+    command = f"{base[0]} --batch 5 --out {where} " + words.format(root=tmp_path, other=tmp_path / "other", bare=tmp_path / "bare")
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *command.split()], capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sample.py: ")]
+    assert done.returncode == 1 and len(lines) == 1 and says in lines[0] and "Traceback" not in done.stderr, done.stderr
+    assert "cfg 3" in words or not (tmp_path / "out").exists()
+
+
+def test_a_bare_file_needs_its_process(chain, tmp_path):
+    torch.save(sit.SiT("T", input_size=8, classes=10).state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="--process"):
+        call(S, f"--ckpt {tmp_path}/bare.pt --vae {chain.root}/vae --num 1 --steps 2 --out {tmp_path}/out")
+    call(S, f"--ckpt {tmp_path}/bare.pt --process sit --vae {chain.root}/vae --num 1 --steps 2 --out {tmp_path}/out")
+    assert (tmp_path / "out/grid.png").is_file()
+
+
+def test_nothing_there_ends_in_one_line_with_what_to_do(tmp_path):
+    for script, words in (("train_vae.py", []), ("train_sit.py", ["--model", "XL"]), ("sample.py", ["--cfg", "1.8"])):
+        done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 1 and done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,222 @@
+"""Stage 2: the latent cache, the draws, EMA and FLOPs, and how a run resumes, for SiT, DiT and REPA."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import sit
+import train_sit as T
+import vae as V
+from conftest import ROOT, call
+from test_train_vae import same
+
+
+def run_two(script, command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script)]
+    return subprocess.run(launch + command.split(), check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_cache_holds_the_moments_of_image_and_mirror_image(chain):
+    data, moments = V.Images(chain.data, 32), np.load(chain.root / "latents/moments.npy")
+    vae = V.VAE.load(chain.root / "vae")
+    assert moments.shape == (60, 2, 8, 8, 8) and moments.dtype == np.float16
+    for i in (0, 33, 59):
+        for flip in (0, 1):
+            x = V.from_uint8(data[i][0])[None]
+            with torch.no_grad():
+                q = vae.encode(x.flip(-1) if flip else x)
+            assert np.abs(moments[i, flip] - torch.cat([q.mean, q.logvar], 1)[0].numpy()).max() < 4e-3
+
+
+def args_of(chain, *words):
+    argv, sys.argv = sys.argv, ["train_sit.py", *" ".join([chain.stage2, *words]).split()]
+    try:
+        return T.flags()
+    finally:
+        sys.argv = argv
+
+
+def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_same(chain, tmp_path, monkeypatch):
+    vae, data, run = V.VAE.load(chain.root / "vae"), V.Images(chain.data, 32), V.Run()
+    torch.set_num_threads(1)
+    whole = tmp_path / "whole"
+    T.open_cache(args_of(chain, f"--cache {whole}"), run, vae, data, chunk=16)
+    put, calls = V.Store.put, []
+
+    def killed(self, first, **parts):
+        calls.append(first)
+        if len(calls) == 3:
+            raise RuntimeError("power cut")
+        put(self, first, **parts)
+    monkeypatch.setattr(V.Store, "put", killed)
+    half = args_of(chain, f"--cache {tmp_path}/half")
+    with pytest.raises(RuntimeError):
+        T.open_cache(half, V.Run(), vae, data, chunk=16)
+    monkeypatch.setattr(V.Store, "put", put)
+    assert np.load(tmp_path / "half/done.npy").sum() == 32
+    T.open_cache(half, V.Run(), vae, data, chunk=16)
+    assert (whole / "moments.npy").read_bytes() == (tmp_path / "half/moments.npy").read_bytes()
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    T.open_cache(args_of(chain, f"--cache {one}"), V.Run(), vae, data)
+    run_two("train_sit.py", f"{chain.stage2} --steps 1 --out {tmp_path}/sit --cache {two}")
+    assert (one / "moments.npy").read_bytes() == (two / "moments.npy").read_bytes()
+
+
+def test_a_changed_vae_or_folder_is_refused(chain, tmp_path):
+    with pytest.raises(ValueError, match="was made with vae .*--cache names another folder"):
+        vae = V.VAE.load(chain.root / "vae")
+        with torch.no_grad():
+            vae.quant_conv.bias[0] += 1
+        T.open_cache(args_of(chain), V.Run(), vae, V.Images(chain.data, 32))
+    shutil.copytree(chain.data, tmp_path / "data")
+    next((tmp_path / "data/03_triangle").iterdir()).unlink()
+    with pytest.raises(ValueError, match="was made with data"):
+        T.open_cache(args_of(chain), V.Run(), V.VAE.load(chain.root / "vae"), V.Images(tmp_path / "data", 32))
+
+
+# ------------------------------------------------------------------------------------------------------------- draws
+
+
+def test_draws_depend_on_seed_step_and_place_alone(chain):
+    args, data = args_of(chain), V.Images(chain.data, 32)
+    args.repa = True
+    cache = T.open_cache(args, V.Run(), V.VAE.load(chain.root / "vae"), data)
+    draws = T.Draws(cache, data, V.Normalizer("none"), args)
+    x, noise, t, y, images = draws[3, range(8)]
+    again = draws[3, range(4, 6)]
+    assert all(torch.equal(a[4:6], b) for a, b in zip((x, noise, t, y, images), again))
+    other = draws[4, range(8)]
+    assert not torch.equal(noise, other[1]) and not torch.equal(t, other[2])
+    many = [draws.draw(s, p) for s in range(40) for p in range(8)]
+    drops = sum(int(m[3]) == 10 for m in many) / len(many)
+    assert 0.04 < drops < 0.18 and abs(torch.stack([m[2] for m in many]).mean() - 0.5) < 0.05
+
+
+def test_latent_and_image_are_flipped_together(chain):
+    args, data, vae = args_of(chain), V.Images(chain.data, 32), V.VAE.load(chain.root / "vae")
+    args.repa = True
+    cache = T.open_cache(args, V.Run(), vae, data)
+    cache.map = np.load(cache.file).copy()
+    cache.map[:, :, 4:] = -30                                 # no posterior noise: the latent is the mean
+    draws = T.Draws(cache, data, V.Normalizer("none"), args)
+    for place in range(12):
+        x, _, _, _, image = draws.draw(0, place)
+        with torch.no_grad():
+            mean = vae.encode(V.from_uint8(image)[None]).mean[0]
+        assert (x - 0.18215 * mean).abs().max() < 3e-3
+
+
+def test_flops_are_the_published_counts():
+    """facts of the field: multiply-accumulates of one forward pass at 32 x 32 x 4, patch 2."""
+    for name, gmac in (("S", 6.054), ("B", 23.002), ("L", 80.693), ("XL", 118.617)):
+        depth, dim, _ = sit.SIZES[name]
+        s = dict(input_size=32, patch=2, dim=dim, depth=depth, channels=4, out_channels=4)
+        assert T.flops(s) / 2e9 == pytest.approx(gmac, abs=6e-4)
+
+
+def test_ema_is_the_closed_form():
+    net, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        ema.weight.fill_(1.0)
+        net.weight.fill_(3.0)
+    for _ in range(5):
+        T.follow(ema, net, 0.9)
+    assert ema.weight.item() == pytest.approx(3 - 2 * 0.9**5, rel=1e-6)
+
+
+def test_the_objective_is_the_process_loss_plus_repas():
+    args = types.SimpleNamespace(process="sit", dtype="fp32", repa_weight=0.5)
+    net = sit.SiT((2, 64, 2), input_size=8, classes=3, repa=(1, 6, 16))
+    target = torch.randn(2, 16, 6)
+    teacher = types.SimpleNamespace(targets=lambda x, grid: (target, None))
+    x, noise, t, y = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7], dtype=torch.float64), torch.tensor([0, 3])
+    loss, repa = T.Objective(args, V.Run(), teacher, 4)(net, x, noise, t, y, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    s = t.float()[:, None, None, None]
+    v, tokens = net(s * x + (1 - s) * noise, t.float(), y, return_tokens=True)
+    assert torch.allclose(loss, (v - (x - noise)).square().mean((1, 2, 3)), atol=1e-6)
+    assert torch.allclose(repa, -torch.cosine_similarity(tokens, target, -1).mean(1), atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_checkpoint_tells_a_reader_all_it_needs(chain):
+    ckpt = torch.load(chain.root / "sit/0000003.pt", weights_only=True)
+    assert set(ckpt) == {"step", "model", "process", "normalizer", "size", "classes", "vae", "ema"}
+    assert ckpt["classes"][0] == "00_disk" and ckpt["model"]["classes"] == 10 and ckpt["normalizer"]["kind"] == "std"
+    model = sit.SiT.load(chain.root / "sit/0000003.pt")
+    assert model.process == "sit" and same(dict(model.state_dict()), ckpt["ema"])
+    assert (chain.root / "sit/0000006.pt").is_file() and (chain.root / "sit/pictures/0000006.png").is_file()
+
+
+def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
+    update = V.update
+
+    def killed(optimizer, net, clip, step):
+        if step == 5:
+            raise RuntimeError("power cut")
+        return update(optimizer, net, clip, step)
+    monkeypatch.setattr(V, "update", killed)
+    command = f"{chain.stage2} --steps 6 --keep 3 --out {tmp_path}/sit"
+    with pytest.raises(RuntimeError):
+        call(T, command)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "sit/ckpt.pt", weights_only=True)["step"] == 4
+    call(T, command)
+    one, other = (torch.load(p / "sit/ckpt.pt", weights_only=True) for p in (chain.root, tmp_path))
+    for key in ("step", "weights", "ema", "optimizer"):
+        assert same(one[key], other[key]), key
+
+
+def test_a_finished_run_goes_on_to_more_steps(chain, tmp_path):
+    call(T, f"{chain.stage2} --steps 4 --out {tmp_path}/sit")
+    call(T, f"{chain.stage2} --steps 6 --out {tmp_path}/sit")
+    one, other = (torch.load(p / "sit/ckpt.pt", weights_only=True) for p in (chain.root, tmp_path))
+    assert same(one["weights"], other["weights"])
+
+
+@pytest.mark.parametrize("more", ["--process dit", "--repa --dino {root}/dino.pth", "--checkpointing --clip 1", "--no-flip --cache {root}/latents-plain"])
+def test_every_kind_trains(chain, tmp_path, more):
+    call(T, chain.stage2, more.format(root=chain.root), f"--steps 2 --out {tmp_path}/sit")
+    assert np.isfinite([json.loads(line)["loss"] for line in open(tmp_path / "sit/log.jsonl")]).all()
+    model = sit.SiT.load(tmp_path / "sit")
+    assert model.process == ("dit" if "dit" in more else "sit") and model.out_channels == (8 if "dit" in more else 4)
+
+
+def test_a_flat_folder_trains_unconditionally(chain, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for p in list(chain.data.rglob("*.png"))[:16]:
+        shutil.copy(p, tmp_path / "flat")
+    call(T, chain.stage2, f"--data {tmp_path}/flat --cache {tmp_path}/latents --steps 2 --out {tmp_path}/sit")
+    assert sit.SiT.load(tmp_path / "sit").classes == 0
+
+
+def test_micro_batches_and_processes_give_the_same_run(chain, tmp_path):
+    """fp64: one process, four micro-batches of two, and two processes; losses agree to 1e-9."""
+    command = f"{chain.stage2} --steps 6 --dtype fp64 --log-every 1"
+    call(T, command, f"--out {tmp_path}/one")
+    call(T, command, f"--micro 2 --out {tmp_path}/micro")
+    run_two("train_sit.py", f"{command} --out {tmp_path}/two")
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "micro", "two")]
+    for other in logs[1:]:
+        for a, b in zip(logs[0], other):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-9) and b["grad norm"] == pytest.approx(a["grad norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--vae {}/none", "none: no VAE here"), ("--data {}/none", "none: no images here"), ("--model Q", "Q"), ("--norm std --stats {}/x.json", "x.json")])
+def test_what_is_missing_is_said_in_one_line(chain, tmp_path, words, says):
+    command = f"{chain.stage2} --steps 2 --out {tmp_path}/sit " + words.format(tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "train_sit.py"), *command.split()], capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_sit.py: ")]
+    assert done.returncode == 1 and len(lines) == 1 and says in lines[0] and "Traceback" not in done.stderr

@@ -1,0 +1,232 @@
+"""Stage 1: each loss term against an independent computation, where gradients go, and how a run resumes."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_vae as T
+import vae as V
+from conftest import ROOT, call, relative
+
+
+def tensors(*shape, n=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(n)]
+
+
+# -------------------------------------------------------------------------------------------------------- the losses
+
+
+def test_alignment_is_nine_tenths_cosine_and_one_tenth_smooth_l1():
+    """Eq. 2 by hand: one pair of vectors at right angles, and torch's own losses on random ones."""
+    a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.5]])
+    assert T.align_loss(a, b).item() == pytest.approx(0.9 * 1 + 0.1 * ((3 - 0.5) + 0.5 * 0.5**2) / 2)
+    a, b = tensors(4, 6, 10)
+    cosine = torch.nn.CosineEmbeddingLoss()(a.flatten(0, 1), b.flatten(0, 1), torch.ones(24))
+    assert relative(T.align_loss(a, b), 0.9 * cosine + 0.1 * torch.nn.SmoothL1Loss()(a, b)) < 1e-12
+
+
+def test_total_is_equation_6():
+    terms = dict(mse=2.0, gan=3.0, lpips=5.0, kl=7.0, align=11.0)
+    assert T.total_loss(terms, 0.1, 1.0, 2e-5, 1.0) == pytest.approx(2 + 0.3 + 5 + 7 * 2e-5 + 11)
+    pixel, latent = T.total_loss({k: terms[k] for k in ("mse", "gan", "lpips")}, 0.1, 1, 1, 1), T.total_loss({"kl": 7.0, "align": 11.0}, 1, 1, 2e-5, 1)
+    assert pixel == pytest.approx(7.3) and latent == pytest.approx(11.00014)          # Eq. 3, Eq. 4
+    assert pixel + latent == pytest.approx(T.total_loss(terms, 0.1, 1.0, 2e-5, 1.0))  # Eq. 5
+
+
+def test_hinge_by_hand():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    assert T.hinge(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+def test_patchgan_is_the_public_one():
+    """Sizes, names and the forward pass, written out once more from the published layer list."""
+    disc = T.PatchGAN()
+    assert sum(p.numel() for p in disc.parameters()) == 2_765_633
+    assert {k.split(".")[1] for k in disc.state_dict()} == {"0", "2", "3", "5", "6", "8", "9", "11"}
+    assert disc(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    disc = disc.double()
+    with torch.no_grad():
+        for p in disc.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
+    s, (x,) = disc.state_dict(), tensors(3, 3, 64, 48, n=1)
+    h = F.leaky_relu(F.conv2d(x, s["main.0.weight"], s["main.0.bias"], stride=2, padding=1), 0.2)
+    for conv, norm, stride in ((2, 3, 2), (5, 6, 2), (8, 9, 1)):
+        h = F.conv2d(h, s[f"main.{conv}.weight"], stride=stride, padding=1)
+        mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), keepdim=True, correction=0)
+        h = (h - mean) / (var + 1e-5).sqrt() * s[f"main.{norm}.weight"][:, None, None] + s[f"main.{norm}.bias"][:, None, None]
+        h = F.leaky_relu(h, 0.2)
+    h = F.conv2d(h, s["main.11.weight"], s["main.11.bias"], padding=1)
+    assert relative(disc(x), h) < 1e-12
+
+
+class Args:
+    features, dtype = "both", "fp32"
+
+
+class Teacher(torch.nn.Module):
+    """Stands in for DINOv2, and remembers how it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.grad_was_on = torch.nn.Parameter(torch.ones(())), None
+
+    def targets(self, x, grid):
+        self.grad_was_on = torch.is_grad_enabled()
+        return torch.ones(len(x), grid * grid, 6) * self.weight, torch.ones(len(x), 6) * self.weight
+
+
+def losses(features="both", disc=None):
+    args = Args()
+    args.features = features
+    run, dino = V.Run(), Teacher()
+    torch.manual_seed(0)
+    stage1 = T.Stage1(V.VAE(16, (1, 2), 1), V.Align(4, 6), False)
+    return stage1, dino, T.Losses(args, run, dino, None, disc, 8)
+
+
+def grads(module):
+    return sum(0.0 if p.grad is None else p.grad.abs().sum().item() for p in module.parameters())
+
+
+def test_gradients_reach_what_they_must_and_nothing_else():
+    disc = T.PatchGAN(8)
+    stage1, dino, loss = losses(disc=disc)
+    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    terms, recon, _ = loss(stage1, x, noise)
+    expect = {  # term: (encoder, decoder, alignment heads)
+        "mse": (True, True, False), "kl": (True, False, False), "gan": (True, True, False), "align": (True, False, True)}
+    for name, reached in expect.items():
+        stage1.zero_grad()
+        terms[name].backward(retain_graph=True)
+        assert tuple(g > 0 for g in map(grads, (stage1.vae.encoder, stage1.vae.decoder, stage1.align))) == reached, name
+        assert grads(disc) == 0 and grads(dino) == 0
+    assert dino.grad_was_on is False
+    T.hinge(disc(x), disc(recon.detach())).backward()
+    before = grads(stage1)
+    assert grads(disc) > 0 and grads(stage1) == before
+
+
+@pytest.mark.parametrize("features", ["patch", "cls", "both"])
+def test_features_choose_what_is_aligned(features):
+    stage1, _, loss = losses(features)
+    terms, _, _ = loss(stage1, torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 8, 8))
+    wanted = {"patch": terms["patch"], "cls": terms["cls"], "both": terms["patch"] + terms["cls"]}[features]
+    assert terms["align"] == wanted
+
+
+def test_terms_are_the_textbook_ones():
+    stage1, _, loss = losses()
+    x, noise = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 8, 8)
+    terms, recon, q = loss(stage1, x, noise)
+    assert relative(recon, stage1.vae.decode(q.mean + q.std * noise)) < 1e-6
+    assert terms["mse"].item() == pytest.approx((recon - x).square().mean().item(), rel=1e-6)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(q.mean, q.std), normal(0.0, 1.0)).sum((1, 2, 3)).mean()
+    assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+def test_a_run_leaves_a_folder_that_diffusers_reads(chain):
+    from diffusers import AutoencoderKL
+    info = json.loads((chain.root / "vae/vae/reals.json").read_text())
+    assert info["latents"]["n"] == 60 and len(info["classes"]) == 10 and info["features"] == "both"
+    theirs, ours, x = AutoencoderKL.from_pretrained(chain.root / "vae/vae"), V.VAE.load(chain.root / "vae"), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert relative(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) < 1e-5
+    assert (chain.root / "vae/pictures/0000004.png").is_file()
+    lines = [json.loads(line) for line in open(chain.root / "vae/log.jsonl")]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"mse", "kl", "gan", "align", "disc", "real", "fake", "z std", "posterior std", "grad norm", "PSNR", "img/s"} <= set(lines[0])
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
+    command = f"{chain.stage1} --steps 4 --out {tmp_path}/vae"
+    update = V.update
+
+    def killed(optimizer, net, clip, step):
+        if step == 3:
+            raise RuntimeError("power cut")
+        return update(optimizer, net, clip, step)
+    monkeypatch.setattr(V, "update", killed)
+    with pytest.raises(RuntimeError):
+        call(T, command)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "vae/ckpt.pt", weights_only=True)["step"] == 2
+    call(T, command)
+    one, other = (torch.load(p / "vae/ckpt.pt", weights_only=True) for p in (chain.root, tmp_path))
+    for key in ("step", "model", "disc", "optimizers", "data"):
+        assert same(one[key], other[key]), key
+
+
+def test_another_setting_is_refused_by_name(chain):
+    with pytest.raises(ValueError, match="--lr 5e-05, not 0.001"):
+        call(T, f"{chain.stage1} --steps 4 --lr 1e-3 --out {chain.root}/vae")
+    with pytest.raises(ValueError, match="--steps 4, not 8"):     # a cosine cannot be continued
+        call(T, f"{chain.stage1} --steps 8 --out {chain.root}/vae")
+
+
+def test_a_zero_weight_builds_nothing(chain, tmp_path, monkeypatch):
+    def never(*a, **k):
+        raise AssertionError("was built")
+    for owner, name in ((T.DINOv2, "load"), (T.LPIPS, "load"), (T, "PatchGAN")):
+        monkeypatch.setattr(owner, name, never)
+    call(T, f"{chain.of_data} --val {chain.data} {chain.small} --features none --gan 0 --perceptual 0 --batch 4 --steps 1 --out {tmp_path}")
+    assert not (tmp_path / "vae/align.safetensors").exists()
+
+
+def test_heads_alone_leave_the_vae_as_it_was(chain, tmp_path):
+    call(T, f"{chain.of_data} --val {chain.data} --init {chain.root}/vae --dino {chain.root}/dino.pth --train align --align-hidden 16",
+         f"--batch 8 --steps 2 --workers 0 --out {tmp_path}")
+    assert V.fingerprint(V.VAE.load(tmp_path)) == V.fingerprint(V.VAE.load(chain.root / "vae"))
+    assert V.Align.load(tmp_path).config["hidden"] == 16
+
+
+def test_micro_batches_and_processes_give_the_same_run(chain, tmp_path):
+    """fp64, no GAN: one process, four micro-batches of two, and two processes; losses agree to 1e-9."""
+    command = f"{chain.of_data} --val {chain.data} --dino {chain.root}/dino.pth {chain.small} --gan 0 --perceptual 0 " \
+              f"--batch 8 --steps 4 --log-every 1 --dtype fp64 --align-hidden 32"
+    call(T, command, f"--out {tmp_path}/one")
+    call(T, command, f"--micro 2 --out {tmp_path}/micro")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_vae.py")]
+    subprocess.run(launch + command.split() + ["--out", str(tmp_path / "two")], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "micro", "two")]
+    for other in logs[1:]:
+        for a, b in zip(logs[0], other):
+            for k in ("mse", "kl", "patch", "cls", "loss", "grad norm"):
+                assert b[k] == pytest.approx(a[k], rel=1e-9), (a["step"], k)
+    with pytest.raises(ValueError, match="--micro 3"):
+        call(T, command, f"--micro 3 --out {tmp_path}/three")
+
+
+def test_one_bad_file_is_left_out_and_named(chain, tmp_path, capsys):
+    import shapes
+    shapes.write(tmp_path / "data", 20, 32, 5)
+    next((tmp_path / "data/00_disk").iterdir()).write_bytes(b"not a picture")
+    call(T, f"--data {tmp_path}/data --val {chain.data} --size 32 {chain.small} --features none --gan 0 --perceptual 0 --batch 10 --steps 2 --out {tmp_path}/vae")
+    assert "1 unreadable files were left out: 00_disk/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--data {}/nowhere", "nowhere: no images here"), ("--dino {}/none.pth", "none.pth"), ("--size 30", "--size 30"),
+    ("--init {}/nothing", "nothing: no VAE here"), ("--batch 8 --micro 3", "--micro 3")])
+def test_what_is_missing_is_said_in_one_line_before_anything_long(chain, tmp_path, words, says):
+    command = f"{chain.stage1} --steps 2 --out {tmp_path}/vae " + words.format(tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "train_vae.py"), *command.split()], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("train_vae.py: ") and says in done.stderr
+    assert not (tmp_path / "vae").exists()
