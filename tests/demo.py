@@ -30,15 +30,15 @@ import vae as V
 
 # How much of everything; vae, tune and sit are flags of train_vae.py (from nothing, then fine-tuning) and train_sit.py.
 SHAPES = dict(
-    train=20000, test=5000, samples=1000, steps=30, judge=300, teacher=600,
-    vae="--steps 1800 --batch 16 --lr 3e-3 --warmup 100",
-    tune="--steps 800 --batch 16 --lr 1.5e-3 --warmup 50",
-    sit="--steps 3000 --batch 64 --lr 1.5e-3 --warmup 100 --ema 0.995")
+    train=20000, test=5000, samples=1000, steps=30, judge=300, teacher=400,
+    vae="--steps 1200 --batch 16 --lr 3e-3 --warmup 100",
+    tune="--steps 600 --batch 16 --lr 1.5e-3 --warmup 50",
+    sit="--steps 3600 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 PHOTOGRAPHS = dict(
-    train=None, test=None, samples=1000, steps=50, judge=600, teacher=600,
-    vae="--steps 2500 --batch 32 --lr 2e-3 --warmup 100",
-    tune="--steps 1000 --batch 32 --lr 1e-3 --warmup 50",
-    sit="--steps 3000 --batch 64 --lr 1.5e-3 --warmup 100 --ema 0.995")
+    train=None, test=None, samples=1000, steps=50, judge=300, teacher=1000,
+    vae="--steps 2000 --batch 16 --lr 3e-3 --warmup 100",
+    tune="--steps 800 --batch 16 --lr 1.5e-3 --warmup 50",
+    sit="--steps 5000 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 QUICK = dict(
     train=600, test=200, samples=40, steps=8, judge=20, teacher=20,
     vae="--steps 20 --batch 16 --lr 2e-3", tune="--steps 20 --batch 16 --lr 1e-3",
@@ -104,11 +104,12 @@ def shrink(source, folder, size, number):
 
 
 def in_memory(folder, size):
-    """A whole picture folder: uint8 [N,3,S,S], labels [N], masks [N,S,S] (None for photographs)."""
+    """A whole picture folder, shuffled: uint8 [N,3,S,S], labels [N], masks [N,S,S] (None for photographs)."""
     data = V.Images(folder, size)
-    images = torch.stack([data[i][0] for i in range(len(data))])
-    masks = torch.from_numpy(np.load(folder / "masks.npz")["masks"]) if (folder / "masks.npz").is_file() else None
-    return images, torch.as_tensor(data.labels), masks
+    order = V.rng(0, "order", 0).permutation(len(data))
+    masks = np.load(folder / "masks.npz")["masks"][order] if (folder / "masks.npz").is_file() else None
+    images = torch.stack([data[int(i)][0] for i in order])
+    return images, torch.from_numpy(data.labels[order]), None if masks is None else torch.from_numpy(masks)
 
 
 def teacher_and_judge(args):

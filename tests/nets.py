@@ -73,11 +73,11 @@ def fit(nets, loss, data, steps, batch, lr, decay, name):
 
 
 def jitter(x, step, pad):
-    """A batch shifted by up to `pad` pixels and, for half of the batches, mirrored: keyed by the step."""
-    g = V.rng(0, "augment", step)
-    dx, dy = g.integers(0, 2 * pad + 1, 2)
-    x = F.pad(x.float(), (pad,) * 4, mode="reflect")[..., dy:dy + x.shape[2], dx:dx + x.shape[3]].to(x.dtype)
-    return x.flip(-1) if g.random() < 0.5 else x
+    """Each picture of a batch shifted by up to `pad` pixels, and half of them mirrored: keyed by the step."""
+    g, (_, _, h, w) = V.rng(0, "augment", step), x.shape
+    padded = F.pad(x.float(), (pad,) * 4, mode="reflect").to(x.dtype)
+    moved = [p[:, dy:dy + h, dx:dx + w] for p, (dy, dx) in zip(padded, g.integers(0, 2 * pad + 1, (len(x), 2)))]
+    return torch.stack([m.flip(-1) if mirror else m for m, mirror in zip(moved, g.random(len(x)) < 0.5)])
 
 
 def train_judge(images, labels, steps, path, test):
@@ -100,19 +100,13 @@ def patch_labels(masks, labels, patch, none):
     return torch.where(share >= 0.5, labels[:, None], none)
 
 
-def start_teacher(net, images):
-    """What lets so small a ViT learn in minutes: patches whitened by their own statistics, positions from sines."""
-    p, dim, grid = net.patch, net.dim, net.grid
-    patches = F.unfold(normalised(images[:1000]), p, stride=p).transpose(1, 2).flatten(0, 1)   # [M, 3*p*p]
-    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-    white = (vectors / (values + 1e-2).sqrt()).T
-    rows = torch.cat([white, -white, torch.randn(dim, len(white)) / math.sqrt(len(white))])[-dim:] if dim > 2 * len(white) else \
-        torch.cat([white, -white]).flip(0)[:dim]
+def start_teacher(net):
+    """Positions that begin as sines: what lets so small a ViT learn in minutes."""
+    dim, grid = net.dim, net.grid
     at, w = torch.arange(grid).float(), 1 / 100 ** (torch.arange(dim // 4) / (dim / 4))
     line = torch.cat([(at[:, None] * w).sin(), (at[:, None] * w).cos()], 1)                     # [grid, dim/2]
     plane = torch.cat([line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)], -1)
     with torch.no_grad():
-        net.patch_embed.proj.weight.copy_(0.5 * rows.view(dim, 3, p, p))
         net.pos_embed[0, 1:] = plane.flatten(0, 1)
 
 
@@ -126,7 +120,7 @@ def train_teacher(images, labels, masks, steps, path, test):
     torch.manual_seed(0)
     classes, size = int(labels.max()) + 1, images.shape[-1]
     net = DINOv2(128, 3, patch=4, registers=4, grid=size // 4)
-    start_teacher(net, images)
+    start_teacher(net)
     on_cls, on_patch = nn.Linear(128, classes), nn.Linear(128, classes + 1)
 
     def loss(i, step):

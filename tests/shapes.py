@@ -1,8 +1,7 @@
 """A small picture set that needs no download: ten shapes on patterned grounds, drawn by code, each with its mask.
 
 Every shape is a signed distance function in its own frame (tilted, scaled, moved), covered over one pixel at its edge,
-filled with a pattern, lit from the upper left, outlined, and laid with its shadow on a two-tone ground with up to two
-bars. Colours are chosen in OKLab (Ottosson 2020), where equal numbers look equally light.
+filled with a pattern, lit from the upper left, outlined, and laid with its shadow on a two-tone ground. Colours are chosen in OKLab (Ottosson 2020), where equal numbers look equally light.
 
     python tests/shapes.py [--columns 20] [--size 32] [--seed 0] [--out out/shapes.png]      a contact sheet
 """
@@ -124,16 +123,11 @@ def pattern(x, y, period, between):
 
 
 def ground(x, y, pixel, hue, between):
-    """Two tones, up to two bars and a slow wave of light -> [m,3,h,w]. The hue is that of the shape to stand out."""
+    """Two tones and a slow wave of light -> [m,3,h,w]. The hue is that of the shape to stand out."""
     light, chroma = np.where(between(0, 1) < .4, between(.34, .46), between(.84, .93)), between(.03, .065)
     hue = hue + np.pi + between(-1.3, 1.3)
     image = mix(colour(light, chroma, hue), colour(light - .08, chroma + .01, hue + between(-.3, .3)),
-                pattern(x, y, between(7, 14) * pixel, between))
-    for _ in range(2):
-        u, v = turned(x - between(-16, 16) * pixel, y - between(-16, 16) * pixel, between(0, np.pi))
-        bar = np.maximum(np.abs(u) - between(6, 16) * pixel, np.abs(v) - between(.8, 1.6) * pixel)
-        strip = colour(light - between(.1, .2), chroma + .04, hue + between(-.8, .8))
-        image = mix(image, strip, cover(bar) * (between(0, 1) < .5))
+                pattern(x, y, between(9, 16) * pixel, between))
     u, _ = turned(x, y, between(0, 2 * np.pi))
     return image * (1 + .12 * np.sin(u / (16 * pixel) + between(0, 2 * np.pi)))[:, None]
 
@@ -149,16 +143,16 @@ def paint(labels, numbers, size):
 
     grid = np.arange(-drop, size, dtype=np.float32) + .5 - size / 2
     x, y = grid[None, None, :], grid[None, :, None]
-    radius = between(.6, .85) * size / 2
+    radius = between(.72, .92) * size / 2
     x, y = (plane - between(-.9, .9) * (size / 2 - radius) for plane in (x, y))
-    u, v = turned(x / radius, y / radius, between(-.35, .35))
+    u, v = turned(x / radius, y / radius, between(-.25, .25))
     distance = each(labels, SHAPES.values(), u, v) * radius                 # [m,drop+size,drop+size]
     shadow, distance = distance[:, :-drop, :-drop], distance[:, drop:, drop:]
     x, y, _ = np.broadcast_arrays(x[..., drop:], y[:, drop:], distance)     # [m,size,size], from the shape's middle
 
     hue, light, chroma = between(0, 2 * np.pi), between(.66, .8), between(.13, .17)
     fill = mix(colour(light, chroma, hue), colour(light - .13, chroma, hue + between(-.5, .5)),
-               pattern(x, y, between(5, 9) * pixel, between))               # [m,3,size,size]
+               pattern(x, y, between(7, 11) * pixel, between))              # [m,3,size,size]
     fill = fill * (1 - .22 * (x + y) / radius)[:, None]                     # light from the upper left
     body = mix(colour(light - .4, chroma / 2, hue), fill, cover(distance + 1.25 * pixel))
     image = ground(x, y, pixel, hue, between) * (1 - .4 * cover(shadow / (3 * pixel)))[:, None]

@@ -42,7 +42,7 @@ def test_every_shape_is_a_distance_inside_the_unit_circle():
 @pytest.mark.parametrize("name, area", [("disk", np.pi * .82 ** 2), ("ring", np.pi * (.9 ** 2 - .42 ** 2)),
                                         ("square", 1.44 ** 2)])
 def test_masks_have_the_area_of_their_shape(drawn, name, area):
-    radius = (.6 ** 2 + .6 * .85 + .85 ** 2) / 3 * 16 ** 2         # the mean square of a uniform radius, in pixels
+    radius = (.72 ** 2 + .72 * .92 + .92 ** 2) / 3 * 16 ** 2         # the mean square of a uniform radius, in pixels
     masks = drawn[1][drawn[2] == shapes.CLASSES.index(name)]
     assert abs(masks.sum((1, 2)).mean() / (area * radius) - 1) < .05
 
