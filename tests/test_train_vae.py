@@ -86,7 +86,7 @@ def losses(features="both", disc=None):
     run, dino = V.Run(), Teacher()
     torch.manual_seed(0)
     stage1 = T.Stage1(V.VAE(16, (1, 2), 1), V.Align(4, 6), False)
-    return stage1, dino, T.Losses(args, run, dino, None, disc, 8)
+    return stage1, dino, T.Losses(args, run, dino, None, disc, 16)
 
 
 def grads(module):
@@ -96,7 +96,7 @@ def grads(module):
 def test_gradients_reach_what_they_must_and_nothing_else():
     disc = T.PatchGAN(8)
     stage1, dino, loss = losses(disc=disc)
-    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    x, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 16, 16)
     terms, recon, _ = loss(stage1, x, noise)
     expect = {  # term: (encoder, decoder, alignment heads)
         "mse": (True, True, False), "kl": (True, False, False), "gan": (True, True, False), "align": (True, False, True)}
@@ -114,14 +114,14 @@ def test_gradients_reach_what_they_must_and_nothing_else():
 @pytest.mark.parametrize("features", ["patch", "cls", "both"])
 def test_features_choose_what_is_aligned(features):
     stage1, _, loss = losses(features)
-    terms, _, _ = loss(stage1, torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 8, 8))
+    terms, _, _ = loss(stage1, torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 16, 16))
     wanted = {"patch": terms["patch"], "cls": terms["cls"], "both": terms["patch"] + terms["cls"]}[features]
     assert terms["align"] == wanted
 
 
 def test_terms_are_the_textbook_ones():
     stage1, _, loss = losses()
-    x, noise = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 8, 8)
+    x, noise = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 4, 16, 16)
     terms, recon, q = loss(stage1, x, noise)
     assert relative(recon, stage1.vae.decode(q.mean + q.std * noise)) < 1e-6
     assert terms["mse"].item() == pytest.approx((recon - x).square().mean().item(), rel=1e-6)
