@@ -8,6 +8,7 @@ Image i is a function of (--seed, i) alone: not of the batch size, of the number
 """
 import argparse
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def read_ours(path):
         return {}
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # an official training checkpoint: SiT.load has read it
+    except pickle.UnpicklingError:  # an official training checkpoint, which SiT.load has read
         return {}
     return held if "normalizer" in held else {}
 
@@ -81,7 +82,7 @@ def labels(args, model, names):
     if not model.classes:
         return np.zeros(args.num, np.int64)
     if args.classes:
-        known = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(model.classes)}
+        known = {str(i): i for i in range(model.classes)} | {name: i for i, name in enumerate(names)}
         unknown = [c for c in args.classes if c not in known]
         if unknown:
             raise ValueError(f"--classes {unknown[0]}: no such class (0 to {model.classes - 1}{', or ' + ', '.join(names[:5]) + ', ...' if names else ''})")
@@ -92,17 +93,16 @@ def labels(args, model, names):
 
 
 @torch.no_grad()
-def draw(args, model, norm, indices, y, device):
+def draw(args, guided, norm, indices, y, device):
     """Raw latents [B,C,h,w] of the images with these indices."""
-    s = model.settings
+    s = guided.model.settings
     shape = (s["channels"], s["input_size"], s["input_size"])
 
     def noise(purpose, *k):
         return torch.stack([V.normal(shape, args.seed, purpose, i, *k) for i in indices]).to(device)
 
-    guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
     how = {} if args.sampler == "ddpm" else {"sampler": args.sampler}
-    process = Diffusion() if model.process == "dit" else Flow()
+    process = Diffusion() if guided.process == "dit" else Flow()
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
         x = process.sample(guided, noise("sample"), torch.as_tensor(y, device=device), steps=args.steps,
                            draw=lambda k: noise("step", k), **how)
@@ -144,6 +144,13 @@ class Tasks:
         with run.first():
             self.seg = Segmenter.load(args.seg_head).to(run.device) if "seg" in self.names else None
             self.depth = Depth.load(args.depth_head).to(run.device) if "depth" in self.names else None
+        for flag, head, width in (("--seg-head", self.seg, self.seg and self.seg.linear.in_features),
+                                  ("--depth-head", self.depth, self.depth and self.depth.projects[0].in_channels)):
+            if head is not None and width != self.align.config["dim"]:
+                raise ValueError(f"{flag} reads features of {width} numbers, this VAE was aligned to {self.align.config['dim']}")
+        if str(vae.info.get("dino")).endswith("_reg") and self.seg is not None:
+            run.print("note: public segmentation heads exist only for networks without registers; this VAE was aligned to "
+                      f"{vae.info['dino']}, so masks are off their distribution; Figure 4 wants train_vae.py --dino vitl14")
 
     @torch.no_grad()
     def __call__(self, z, images):
@@ -180,10 +187,10 @@ def legend(sheet, seg, seen):
 
 def write_pictures(args, store, y, tasks, run):
     """grid.png, the single PNGs, and with --tasks each image above its masks and maps in tasks.png."""
-    out, images = Path(args.out), torch.from_numpy(np.array(store.arrays["images"])).permute(0, 3, 1, 2)
+    out, images = Path(args.out), torch.from_numpy(np.array(store.arrays["images"][:256])).permute(0, 3, 1, 2)
     for i, image in enumerate(store.arrays["images"]):
         Image.fromarray(image).save(out / f"{i:06d}.png")
-    V.grid(images[:256], columns=min(8, math.ceil(math.sqrt(len(images))))).save(out / "grid.png")
+    V.grid(images, columns=min(8, math.ceil(math.sqrt(len(images))))).save(out / "grid.png")
     if tasks is not None:
         z = torch.from_numpy(np.array(store.arrays["latents"][:8])).to(run.device)
         rows, seen = tasks(z, images[:8])
@@ -194,16 +201,17 @@ def write_pictures(args, store, y, tasks, run):
 
 def main():
     args, run = flags(), V.Run()
-    args.dtype = args.dtype or ("bf16" if run.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    args.dtype = args.dtype or V.default_dtype(run)
     model, vae, norm, names = load(args, run)
     args.sampler = args.sampler or ("ddpm" if model.process == "dit" else "sde")
     if (args.sampler == "ddpm") != (model.process == "dit"):
         raise ValueError(f"--sampler {args.sampler} is not for a {model.process}: a dit takes ddpm, a sit sde, euler or heun")
     y, s, side = labels(args, model, names), model.settings, model.settings["input_size"] * vae.f
+    guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
     tasks = Tasks(args, vae, run) if args.tasks else None
 
     made_of = {k: v for k, v in vars(args).items() if k not in ("out", "npz", "tasks", "seg_head", "depth_head", "batch", "vae")}
-    made_of |= {"weights": V.fingerprint(model), "normalizer": norm.state()}
+    made_of |= {"weights": V.fingerprint(model), "vae": V.fingerprint(vae), "normalizer": norm.state()}
     arrays = {"images": (np.uint8, (args.num, side, side, 3)),
               "latents": (np.float32, (args.num, s["channels"], s["input_size"], s["input_size"]))}
     store = V.Store(run, args.out, arrays, made_of, "--out")
@@ -215,7 +223,7 @@ def main():
 
     bar = run.bar(args.num, "sampling", initial=int(store.done.sum()))
     for part in store.todo(run, args.batch):
-        z = draw(args, model, norm, part, y[part.start:part.stop], run.device)
+        z = draw(args, guided, norm, part, y[part.start:part.stop], run.device)
         with torch.no_grad():
             images = V.to_uint8(vae.decode(z)).permute(0, 2, 3, 1)
         store.put(part.start, latents=z.cpu().numpy(), images=images.cpu().numpy())

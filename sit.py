@@ -8,6 +8,7 @@ field, and each process refuses the other's model. The null label is `classes`; 
 import argparse
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch

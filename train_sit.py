@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import vae as V
 from dino import DINOv2
@@ -46,9 +47,10 @@ def flags():
     p.add_argument("--weight-decay", type=float, default=0.0)
     p.add_argument("--checkpointing", action="store_true", help="compute activations twice to save memory")
     V.run_flags(p, out="out/sit", batch=256, lr=1e-4)
+    p.set_defaults(clip=None)
     args = p.parse_args()
-    if args.repa and not args.clip:
-        args.clip = 1.0                                   # REPA's own setting
+    if args.clip is None:
+        args.clip = 1.0 if args.repa else 0.0             # REPA's own setting, and DiT's and SiT's
     return args
 
 
@@ -70,6 +72,9 @@ class Cache(torch.utils.data.Dataset):
             self.map = np.load(self.file, mmap_mode="r")
         i, flip = key
         return torch.from_numpy(self.map[i, flip].astype(np.float32)).chunk(2)
+
+    def __getstate__(self):
+        return {**self.__dict__, "map": None}             # a loader process must not be sent 40 GiB
 
     def latents(self, indices, seed):
         """Raw posterior samples [1,C,h,w] of the given images, for statistics."""
@@ -97,13 +102,20 @@ def open_cache(args, run, net, images, chunk=64):
     fixed indices, by all ranks at once, so its bytes depend neither on their number nor on interruptions."""
     side, flips = args.size // net.f, 1 if args.no_flip else 2
     shape = (len(images), flips, 2 * net.z_channels, side, side)
-    meta = {"vae": V.fingerprint(net), "data": images.fingerprint(), "size": args.size, "shape": shape, "classes": images.classes}
+    meta = {"vae": V.fingerprint(net), "data": images.fingerprint, "size": args.size, "shape": shape, "classes": images.classes}
     folder = Path(args.cache or f"out/latents/{meta['vae'][:8]}-{meta['data'][:8]}-{args.size}-{flips}")
     store = V.Store(run, folder, {"moments": (np.float16, shape)}, meta, "--cache")
     todo = store.todo(run, chunk)
-    loader = torch.utils.data.DataLoader(Chunks(images, todo), batch_size=None, num_workers=args.workers)
+    if not store.done.all():
+        encode(args, run, net, images, store, todo, flips)
+        run.unlock()
+    return Cache(folder, shape, images.labels, meta)
+
+
+def encode(args, run, net, images, store, todo, flips):
+    """Fills this rank's ranges of the cache."""
+    loader = torch.utils.data.DataLoader(Chunks(images, todo), batch_size=None, num_workers=args.workers, worker_init_fn=V.deaf)
     bar = run.bar(len(images), "encoding", initial=int(store.done.sum()))
-    net.to(run.device)
     for first, x, bad in loader:
         x = V.from_uint8(x.to(run.device))
         with torch.no_grad():
@@ -112,16 +124,21 @@ def open_cache(args, run, net, images, chunk=64):
         store.put(first, moments=moments.half().cpu().numpy())
         bar.update(len(x) * run.world)
         for path in bad:
-            print(f"{path} is not readable; the image after it takes its place")
+            tqdm.write(f"{path} is not readable; the image after it takes its place")
     bar.close()
     run.barrier()
-    return Cache(folder, shape, images.labels, meta)
 
 
-def normalizer(args, run, net, cache):
-    """Eq. 7-8 for this VAE: the statistics of --stats, of the VAE's folder, or of the cache; and the std that results."""
+def printed_stats(args, vae):
+    """The latent statistics that --stats or the VAE's folder holds, or None: then they are measured."""
+    if args.stats == "paper":
+        return V.PAPER
+    return json.loads(Path(args.stats).read_text()) if args.stats else vae.info.get("latents")
+
+
+def normalizer(args, run, stats, cache):
+    """Eq. 7-8 for this VAE: by the given statistics, or by those of 10,000 images of the cache; says the std that results."""
     chosen = V.rng(args.seed, "subset").permutation(len(cache))[:10000]
-    stats = {"paper": V.PAPER}.get(args.stats) or (json.loads(Path(args.stats).read_text()) if args.stats else net.info.get("latents"))
     kind = args.norm or ("max-min" if stats else "none")
     measured = V.statistics(cache.latents(chosen[:len(chosen) if stats is None else 1000], args.seed))
     norm = V.Normalizer(kind, stats or measured, args.std)
@@ -251,39 +268,37 @@ def save(args, run, step, net, ema, optimizer, norm, cache, milestone):
         if milestone:
             V.save(part, Path(args.out) / f"{step:07d}.pt")
         projectors = {k: v for k, v in ema.state_dict().items() if k.startswith("projectors.")}
-        V.save({**part, "settings": vars(args), "data": cache.meta["data"], "weights": net.state_dict(),
+        V.save({**part, "settings": vars(args), "data": cache.meta["data"], "vae_hash": cache.meta["vae"], "weights": net.state_dict(),
                 "ema projectors": projectors, "optimizer": optimizer.state_dict()}, Path(args.out) / "ckpt.pt")
     run.barrier()
 
 
-def resume(args, run, net, ema, optimizer, cache):
-    """The step to go on from; weights, EMA and optimiser are filled from --out/ckpt.pt if it is there."""
-    path = Path(args.out) / "ckpt.pt"
-    if not path.is_file():
+def resume(ckpt, net, ema, optimizer, norm):
+    """The step to go on from; weights, EMA and optimiser are filled from a checkpoint, if there is one."""
+    if ckpt is None:
         return 0
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    same = {k: v for k, v in vars(args).items() if k != "steps" or args.schedule == "cosine"}   # a constant rate may go on longer
-    V.same_settings(path, ckpt["settings"], same)
-    for what, there, here in (("VAE", ckpt["vae"]["hash"], cache.meta["vae"]), ("data", ckpt["data"], cache.meta["data"])):
-        if there != here:
-            raise ValueError(f"{path} was made with another {what}; another --out starts anew")
+    if ckpt["normalizer"] != norm.state():
+        raise ValueError(f"the checkpoint was trained with normalisation {ckpt['normalizer']}, now it would be {norm.state()}: "
+                         "--stats or the VAE's reals.json has changed")
     net.load_state_dict(ckpt["weights"])
     ema.load_state_dict({**ckpt["ema"], **ckpt["ema projectors"]})
     optimizer.load_state_dict(ckpt["optimizer"])
-    run.print(f"{path}: going on from step {ckpt['step']}")
     return ckpt["step"]
 
 
-def build(args, run, vae, cache):
+def build(args, run, vae, images):
     """The generator and its EMA, and REPA's teacher, on the device."""
-    teacher, repa = None, None
+    teacher, repa, size = None, None, args.model.split("/")[0]
+    if args.size % vae.f or size not in REPA_DEPTH:
+        raise ValueError(f"--size {args.size} is not a multiple of {vae.f}, this VAE's downsampling factor" if args.size % vae.f else
+                         f"--model {args.model}: {', '.join(REPA_DEPTH)} are known, with /1 /2 /4 or /8 for the patch")
     if args.repa:
         with run.first():
             teacher = DINOv2.load(args.dino).to(run.device).eval().requires_grad_(False)
         teacher.offset = 0                                # REPA's position rule, not Meta's
-        repa = (REPA_DEPTH[args.model.split("/")[0]], teacher.dim)
+        repa = (REPA_DEPTH[size], teacher.dim)
     torch.manual_seed(int(V.rng(args.seed, "init").integers(2**31)))
-    net = SiT(args.model, input_size=cache.shape[-1], channels=vae.z_channels, classes=len(cache.meta["classes"]),
+    net = SiT(args.model, input_size=args.size // vae.f, channels=vae.z_channels, classes=len(images.classes),
               process=args.process, repa=repa)
     net = net.to(run.device, torch.float64 if args.dtype == "fp64" else torch.float32)
     net.grad_checkpoint = args.checkpointing
@@ -296,15 +311,18 @@ def main():
     with run.first():
         vae = V.VAE.load(args.vae).requires_grad_(False)
     images = V.Images(args.data, args.size)
+    net, ema, teacher = build(args, run, vae, images)
+    stats = printed_stats(args, vae)
+    same = {k: v for k, v in vars(args).items() if k != "steps" or args.schedule == "cosine"}   # a constant rate may go on longer
+    ckpt = V.checkpoint_of(run, args.out, same, {"data": images.fingerprint, "vae_hash": V.fingerprint(vae)})
     run.lock(args.out)
-    cache = open_cache(args, run, vae, images)
-    norm = normalizer(args, run, vae, cache)
-    net, ema, teacher = build(args, run, vae, cache)
-    vae.to(run.device)
+    cache = open_cache(args, run, vae.to(run.device), images)
+    norm = normalizer(args, run, stats, cache)
 
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=run.device.type == "cuda")
-    start = resume(args, run, net, ema, optimizer, cache)
+    start = resume(ckpt, net, ema, optimizer, norm)
+    del ckpt
     if args.compile:
         for block in (*net.blocks, net.final_layer, *(teacher.blocks if teacher else ())):
             block.compile()                               # one compiled block serves them all: seconds instead of minutes
@@ -323,7 +341,7 @@ def main():
         done, stop = step + 1, run.stopping()
         if done % args.log_every == 0 or done == args.steps:
             loss, count = run.sum(bins)
-            log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=(loss / count).tolist())
+            log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=(loss / count.clamp_min(1)).tolist())
             bins.zero_()
         if run.main and (done % args.picture_every == 0 or done == args.steps):
             sample_grid(args, ema, norm, vae, run.device, Path(args.out) / "pictures" / f"{done:07d}.png")

@@ -25,7 +25,7 @@ def flags():
     p.add_argument("--size", type=int, default=256, help="side of the training images in pixels")
     p.add_argument("--init", default="sd-vae-ft-ema", help="a public name, a VAE's folder or file, or none: from nothing")
     p.add_argument("--ch", type=int, default=128, help="with --init none: width of the first level")
-    p.add_argument("--mult", type=int, nargs="+", default=(1, 2, 4, 4), help="with --init none: widths in units of --ch")
+    p.add_argument("--mult", type=int, nargs="+", default=[1, 2, 4, 4], help="with --init none: widths in units of --ch")
     p.add_argument("--blocks", type=int, default=2, help="with --init none: residual blocks per level")
     p.add_argument("--z-channels", type=int, default=4, help="with --init none: latent channels")
     p.add_argument("--dino", default="vitl14_reg", help="a public name (Table 6: vitb14_reg) or a file in Meta's layout")
@@ -233,25 +233,20 @@ def build(args, run):
 
 def resume(args, run, stage1, disc, optimizers, images):
     """The step to go on from; weights and optimisers are filled from --out/ckpt.pt if it is there."""
-    path = Path(args.out) / "ckpt.pt"
-    if not path.is_file():
+    ckpt = V.checkpoint_of(run, args.out, vars(args), {"data": images.fingerprint})
+    if ckpt is None:
         return 0
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    V.same_settings(path, ckpt["settings"], vars(args))
-    if ckpt["data"] != images.fingerprint():
-        raise ValueError(f"{path}: the files under --data {args.data} have changed since; another --out starts anew")
     stage1.load_state_dict(ckpt["model"])
     if disc is not None:
         disc.load_state_dict(ckpt["disc"])
     for optimizer, state in zip(optimizers, ckpt["optimizers"]):
         optimizer.load_state_dict(state)
-    run.print(f"{path}: going on from step {ckpt['step']}")
     return ckpt["step"]
 
 
 def checkpoint(args, run, step, stage1, disc, optimizers, images):
     if run.main:
-        V.save({"step": step, "settings": vars(args), "data": images.fingerprint(), "classes": images.classes,
+        V.save({"step": step, "settings": vars(args), "data": images.fingerprint, "classes": images.classes,
                 "model": stage1.state_dict(), "disc": None if disc is None else disc.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers]}, Path(args.out) / "ckpt.pt")
     run.barrier()
@@ -276,7 +271,7 @@ def train_step(args, step, batches, model, disc, losses, optimizers):
             terms["disc"] = hinge(real, fake)
             (terms["disc"] / args.accumulate).backward()
             terms |= {"real": real.mean(), "fake": fake.mean()}
-        z = posterior.mean.detach()
+        z = posterior.sample(noise).detach()
         terms |= {"loss": loss, "z mean": z.mean(), "z std": z.std(), "posterior std": posterior.std.mean()}
         for k, v in terms.items():
             seen[k] = seen.get(k, 0) + v.detach() / args.accumulate
@@ -294,7 +289,7 @@ def finish(args, run, stage1, losses, images, bad):
     stats = latent_statistics(stage1, losses, images, args, run)
     info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats, "features": args.features, "kl": args.kl,
             "align": None if stage1.align is None else stage1.align.config,
-            "dino": args.dino if args.align else None, "dino_sha256": V.fingerprint(losses.dino) if args.align else None}
+            "dino": args.dino if args.align else None, "dino_sha256": V.fingerprint(losses.dino) if args.align and run.main else None}
     if run.main:
         stage1.vae.save(Path(args.out) / "vae", stage1.align, info)
     run.barrier()
@@ -312,6 +307,8 @@ def main():
     V.settle(args, run)
     images, val = V.Images(args.data, args.size), V.Images(args.val, args.size)
     args.steps = args.steps or args.epochs * (len(images) // args.batch)
+    if args.steps < 1:
+        raise ValueError(f"--data {args.data}: {len(images)} images are less than one --batch {args.batch}")
     stage1, dino, lpips, disc = build(args, run)
     run.lock(args.out)
 
@@ -353,6 +350,7 @@ def main():
         if stop:
             run.leave(done)
     bar.close()
+    run.heed_stop()
     finish(args, run, stage1, losses, images, bad)
 
 

@@ -9,6 +9,7 @@ script stands on, namely weight files, image folders, random draws, and how a ru
     x = vae.decode(z)
 """
 import contextlib
+import datetime
 import functools
 import hashlib
 import inspect
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -296,7 +298,9 @@ class Align(nn.Module):
             raise FileNotFoundError(f"{source}: no align.safetensors beside this VAE, so its latents cannot become DINOv2 "
                                     "features; fit the two MLPs with train_vae.py --train align --init THIS_VAE")
         state = read(file)
-        linears = [state[k] for k in sorted(state) if k.startswith("patch.") and k.endswith("weight")]
+        linears = [v for k, v in state.items() if k.startswith("patch.") and k.endswith("weight")]   # in the order of the layers
+        if not linears:
+            raise ValueError(f"{file}: holds no patch.0.weight, so it is no pair of alignment MLPs")
         model = cls(linears[0].shape[1], linears[-1].shape[0], len(linears), linears[0].shape[0])
         load_state(model, state, str(file))
         return model.eval()
@@ -475,18 +479,39 @@ def read(source):
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    state = load_file(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict of tensors")
+    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+
+
+def load_file(path):
+    """What torch.save wrote, tensors and plain values only; ValueError naming the file where it is anything else."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))   # only what is used is read
     except Exception as e:
         refused = re.search(r"(?:GLOBAL|global) ([\w.]+\.[\w.]+)", str(e))
         if refused:
             raise ValueError(f"{path}: holds the Python object {refused[1]}, which is never loaded; with the program that wrote "
                              "the file, save its tensors alone (torch.save of the state dict)") from None
         raise ValueError(f"{path}: not a readable PyTorch weight file (begins with {path.open('rb').read(12)!r})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors")
-    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+
+
+def checkpoint_of(run, folder, settings, hashes):
+    """The ckpt.pt that this command goes on from, or None; ValueError if it is of other settings or of another VAE or data.
+    All ranks must see the same one."""
+    path = Path(folder) / "ckpt.pt"
+    ckpt = load_file(path) if path.is_file() else None
+    if len(set(run.all(ckpt and ckpt["step"]))) > 1:
+        raise ValueError(f"{path}: not every process sees the same checkpoint; --out must be a folder that all machines share")
+    if ckpt is not None:
+        same_settings(path, ckpt["settings"], settings)
+        for what, value in hashes.items():
+            if ckpt[what] != value:
+                raise ValueError(f"{path} was made with another {what}; another --out starts anew")
+        run.print(f"{path}: going on from step {ckpt['step']}")
+    return ckpt
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -571,12 +596,16 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, root, size):
         self.root, self.size = Path(root), size
-        found = [Path(d, f) for d, _, files in os.walk(root, followlinks=True) for f in files if f.lower().endswith(self.kinds)]
+        found = [Path(d, f) for d, _, files in os.walk(root, followlinks=True) for f in files
+                 if f.lower().endswith(self.kinds) and not f.startswith(".")]
         if not found:
             raise FileNotFoundError(f"{root}: no images here (expected one folder of images per class, as ImageNet unpacks); "
-                                    "--data names another folder, and tests/demo.py needs none")
+                                    "--data and --val name other folders, and tests/demo.py needs none")
         self.paths = sorted(p.relative_to(root).as_posix() for p in found)
-        flat = any("/" not in p for p in self.paths)
+        flat = all("/" not in p for p in self.paths)
+        stray = [p for p in self.paths if "/" not in p]
+        if stray and not flat:
+            raise ValueError(f"{root}: {stray[0]} lies beside the class folders; move it into one, or away")
         self.classes = [] if flat else sorted({p.split("/")[0] for p in self.paths})
         number = {c: i for i, c in enumerate(self.classes)}
         self.labels = np.array([-1 if flat else number[p.split("/")[0]] for p in self.paths])
@@ -607,15 +636,16 @@ class Images(torch.utils.data.Dataset):
                 i = (i + 1) % len(self)
         raise ValueError(f"{self.root}: 100 files in a row are not readable images, from {self.paths[bad[0]]} on")
 
+    @functools.cached_property
     def fingerprint(self):
-        """sha256 of the sorted relative paths and byte sizes: changes when files come, go, or change in length."""
+        """sha256 of the sorted relative paths and byte sizes as they are at the first call."""
         h = hashlib.sha256()
         for p in self.paths:
             h.update(f"{p}\0{(self.root / p).stat().st_size}\n".encode())
         return h.hexdigest()
 
 
-PURPOSES = ["order", "flip", "noise", "time", "drop", "sample", "step", "augment", "init", "subset", "label"]
+PURPOSES = ["order", "flip", "noise", "sample", "step", "augment", "init", "subset", "label"]
 
 
 def rng(seed, purpose, *key):
@@ -674,7 +704,8 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            gpu = self.device.type == "cuda"     # twelve hours: others wait while one encodes, downloads or writes
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=12), device_id=self.device if gpu else None)
         self.stop, self.locks = 0, []
 
     def print(self, *text):
@@ -726,22 +757,35 @@ class Run:
 
     @contextlib.contextmanager
     def first(self):
-        """The first process of each machine goes through the block alone (it may download), the others after it."""
+        """The first process of each machine goes through the block alone (it may download), the others after it; an error
+        of a first one that the user can mend ends all of them."""
         if self.local_rank != 0:
-            self.barrier()
-        yield
+            wrong = [message for message in self.all(None) if message]
+            if wrong:
+                raise ValueError(wrong[0])
+        try:
+            yield
+        except (OSError, ValueError) as e:
+            if self.local_rank == 0:
+                self.all(str(e))
+            raise
         if self.local_rank == 0:
-            self.barrier()
+            self.all(None)
 
-    def lock(self, folder):
-        """Makes the output folder and holds it for this run alone."""
+    def lock(self, folder, flag="--out"):
+        """Makes the output folder and holds it for this run alone, until it ends or unlocks it."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self.main and fcntl is not None:
             self.locks.append(open(Path(folder) / ".lock", "w"))
             try:
                 fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{folder}: another run is writing here; --out names another folder") from None
+                raise ValueError(f"{folder}: another run is writing here; {flag} names another folder") from None
+
+    def unlock(self):
+        """Gives back the folder that was locked last."""
+        if self.locks:
+            self.locks.pop().close()
 
     def catch_stop(self):
         """From now on SIGINT and SIGTERM only ask: the loop saves and leaves. A second SIGINT ends the program at once."""
@@ -750,6 +794,11 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGINT, ask)
         signal.signal(signal.SIGTERM, ask)
+
+    def heed_stop(self):
+        """From now on the signals end the program again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def leave(self, step):
         """After the last save: says so, and exits as a process ended by that signal does."""
@@ -804,7 +853,11 @@ class Store:
                 if there.get(key) != meta[key]:
                     old, new = (str(v)[:40] for v in (there.get(key), meta[key]))
                     raise ValueError(f"{folder} was made with {key} {old}, not {new}: {flag} names another folder")
-        run.lock(folder)
+        if manifest.is_file() and np.load(self.folder / "done.npy", mmap_mode="r").all():
+            self.arrays, self.done = self.open(arrays, "r")   # whole: others may read it at the same time
+            return
+        run.barrier()
+        run.lock(folder, flag)
         if run.main and not manifest.is_file():
             size = sum(np.dtype(d).itemsize * math.prod(shape) for d, shape in arrays.values()) / 2**30
             free = shutil.disk_usage(folder).free / 2**30
@@ -816,8 +869,11 @@ class Store:
                 np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape).flush()
             save_json(manifest, meta)
         run.barrier()
-        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in arrays}
-        self.done = np.load(self.folder / "done.npy", mmap_mode="r+")
+        self.arrays, self.done = self.open(arrays, "r+")
+
+    def open(self, names, mode):
+        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in (*names, "done")}
+        return arrays, arrays.pop("done")
 
     def put(self, first, **parts):
         """Writes parts[name] [B,...] at first..first+B: the data first, then the word that it is there."""
@@ -838,15 +894,19 @@ def main(fn):
     script = Path(sys.argv[0]).name
     try:
         fn()
+    except torch.OutOfMemoryError as e:
+        wrong = f"out of memory; hold fewer images at once (--micro, in sample.py --batch): {str(e).splitlines()[0]}"
     except (OSError, ValueError, ArithmeticError) as e:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{script}: {e}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # a launcher ends all processes when the first one leaves: let that be the one that speaks
-        sys.exit(1)
-    finally:
+        wrong = str(e).strip().splitlines()[-1]  # of a loader process, torch gives the whole traceback: the last line says it
+    else:
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        time.sleep(2)  # a launcher ends all processes when the first one leaves: let that be the one that speaks
+    print(f"{script}: {wrong.removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # not through the process group's end, which would wait for the others
 
 
 def run_flags(p, out, batch, lr):
@@ -868,17 +928,22 @@ def run_flags(p, out, batch, lr):
     p.add_argument("--picture-every", type=int, default=2000, help="steps between pictures")
 
 
+def default_dtype(run):
+    """bf16 on a GPU that has it (and does not emulate it), else fp32."""
+    return "bf16" if run.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8 else "fp32"
+
+
 def settle(args, run):
     """Completes and checks the shared flags: dtype by the device; --micro, whole micro-batches in equal shares."""
-    if args.dtype is None:
-        args.dtype = "bf16" if run.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    args.dtype = args.dtype or default_dtype(run)
     args.micro = args.micro or max(args.batch // run.world, 1)
     if args.batch % (run.world * args.micro):
         raise ValueError(f"--batch {args.batch} is not a multiple of {run.world} process(es) x --micro {args.micro}")
     args.accumulate = args.batch // (run.world * args.micro)
 
 
-FREE = {"micro", "accumulate", "workers", "log_every", "save_every", "picture_every", "compile", "keep", "out"}  # may change when a run goes on
+FREE = {"micro", "accumulate", "workers", "log_every", "save_every", "picture_every", "compile", "keep", "checkpointing",
+        "out", "data", "val", "vae", "cache", "stats"}  # may change when a run goes on: speed, and places (what lies there is hashed)
 
 
 def same_settings(path, old, new):
@@ -908,10 +973,16 @@ def update(optimizer, model, clip, step):
     return norm
 
 
+def deaf(worker):
+    """Loader workers leave signals to the main process: it saves, and then ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def loader(dataset, run, args, start):
     """Iterates over this process's micro-batches from step `start` to the end; item (step, places in the global batch)."""
     local = args.batch // run.world
     work = ((step, range(first, first + args.micro)) for step in range(start, args.steps)
             for first in range(run.rank * local, (run.rank + 1) * local, args.micro))
     return iter(torch.utils.data.DataLoader(dataset, batch_size=None, sampler=work, num_workers=args.workers,
-                                            pin_memory=run.device.type == "cuda", generator=torch.Generator()))
+                                            pin_memory=run.device.type == "cuda", generator=torch.Generator(), worker_init_fn=deaf))

@@ -1,8 +1,10 @@
 """Stage 1: each loss term against an independent computation, where gradients go, and how a run resumes."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -171,6 +173,20 @@ def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
     one, other = (torch.load(p / "vae/ckpt.pt", weights_only=True) for p in (chain.root, tmp_path))
     for key in ("step", "model", "disc", "optimizers", "data"):
         assert same(one[key], other[key]), key
+
+
+def test_a_signal_to_the_whole_process_group_saves_and_leaves(chain, tmp_path):
+    """As a launcher or a scheduler stops a run: loader processes hear the signal too."""
+    command = f"{chain.stage1} --steps 100000 --workers 1 --log-every 1 --out {tmp_path}/vae"
+    run = subprocess.Popen([sys.executable, str(ROOT / "train_vae.py"), *command.split()], start_new_session=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 100
+    while not (tmp_path / "vae/log.jsonl").is_file() and time.time() < deadline:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    step = torch.load(tmp_path / "vae/ckpt.pt", weights_only=True)["step"]
+    assert run.returncode == 128 + signal.SIGTERM and f"stopped after step {step}" in out + err and "Traceback" not in err
 
 
 def test_another_setting_is_refused_by_name(chain):
