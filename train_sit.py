@@ -311,6 +311,8 @@ def main():
     with run.first():
         vae = V.VAE.load(args.vae).requires_grad_(False)
     images = V.Images(args.data, args.size)
+    if 0 < len(images.stray) < len(images):
+        raise ValueError(f"--data {args.data}: {images.stray[0]} lies beside the class folders; move it into one, or away")
     net, ema, teacher = build(args, run, vae, images)
     stats = printed_stats(args, vae)
     same = {k: v for k, v in vars(args).items() if k != "steps" or args.schedule == "cosine"}   # a constant rate may go on longer

@@ -602,10 +602,8 @@ class Images(torch.utils.data.Dataset):
             raise FileNotFoundError(f"{root}: no images here (expected one folder of images per class, as ImageNet unpacks); "
                                     "--data and --val name other folders, and tests/demo.py needs none")
         self.paths = sorted(p.relative_to(root).as_posix() for p in found)
-        flat = all("/" not in p for p in self.paths)
-        stray = [p for p in self.paths if "/" not in p]
-        if stray and not flat:
-            raise ValueError(f"{root}: {stray[0]} lies beside the class folders; move it into one, or away")
+        self.stray = [p for p in self.paths if "/" not in p]     # images that lie in no class folder
+        flat = bool(self.stray)
         self.classes = [] if flat else sorted({p.split("/")[0] for p in self.paths})
         number = {c: i for i, c in enumerate(self.classes)}
         self.labels = np.array([-1 if flat else number[p.split("/")[0]] for p in self.paths])
@@ -906,7 +904,9 @@ def main(fn):
         time.sleep(2)  # a launcher ends all processes when the first one leaves: let that be the one that speaks
     print(f"{script}: {wrong.removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)  # not through the process group's end, which would wait for the others
+    if dist.is_initialized():
+        os._exit(1)  # not through the process group's end, which would wait for the others
+    sys.exit(1)
 
 
 def run_flags(p, out, batch, lr):

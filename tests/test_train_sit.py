@@ -201,6 +201,13 @@ def test_a_flat_folder_trains_unconditionally(chain, tmp_path):
     assert sit.SiT.load(tmp_path / "sit").classes == 0
 
 
+def test_a_picture_beside_the_class_folders_is_refused(chain, tmp_path):
+    shutil.copytree(chain.data, tmp_path / "data")
+    shutil.copy(next(chain.data.rglob("*.png")), tmp_path / "data/cover.png")
+    with pytest.raises(ValueError, match="cover.png lies beside"):
+        call(T, chain.stage2, f"--data {tmp_path}/data --out {tmp_path}/sit")
+
+
 def test_micro_batches_and_processes_give_the_same_run(chain, tmp_path):
     """fp64: one process, four micro-batches of two, and two processes; losses agree to 1e-9."""
     command = f"{chain.stage2} --steps 6 --dtype fp64 --log-every 1"
