@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from PIL import Image
 
 from conftest import ROOT
@@ -33,9 +32,3 @@ def test_quick_demo_runs_prints_its_commands_and_goes_on_where_it_was(tmp_path):
     again, _ = demo(tmp_path / "demo")
     assert again.count("is finished") >= 3 and json.loads((tmp_path / "demo/table.json").read_text())["rows"] == table["rows"]
     assert all(p.stat().st_mtime_ns == t for p, t in weights.items())
-
-
-@pytest.mark.slow
-def test_quick_demo_on_a_folder_of_photographs(shared, tmp_path):
-    out, _ = demo(tmp_path / "demo", "--data", str(shared / "data/imagenette/train"), "--size", "64", "--compare")
-    assert "random FD cfg 1" in out and len(re.findall(r"^\$ python", out, re.M)) == 14
