@@ -668,7 +668,7 @@ def flags():
     p.add_argument("--blur-kernel", type=int, help="the blur's kernel in pixels (default: 23 at 256 px),")
     p.add_argument("--blur-sigma", type=float, nargs=2, default=(0.1, 2), help="its width in pixels")
     p.add_argument("--size", type=int, help="center crop of folders (default: 256 for --data, else none)")
-    p.add_argument("--num", type=int, help="how many images each of SAMPLES must hold, or how many of --data to take")
+    p.add_argument("--num", "--num-images", type=int, help="how many images each of SAMPLES must hold, or how many of --data to take")
     p.add_argument("--micro", type=int, default=32, help="images a process holds at once; lower it if memory runs out")
     p.add_argument("--seed", type=int, default=0, help="draws images, noise and views for --vae")
     p.add_argument("--out", metavar="FILE", help="default: results.json beside SAMPLES, or in the VAE's folder")
