@@ -75,6 +75,15 @@ def shared():
     return Path(os.environ["REALS_SHARED"])
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in one order; the tests after it get their threads back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def relative(a, b):
     """Greatest absolute difference over greatest absolute value of b, the measure of every agreement in these tests."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()

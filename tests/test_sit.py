@@ -20,12 +20,7 @@ PRECISIONS = pytest.mark.parametrize("dtype, suffix", [SINGLE, DOUBLE], ids=["fl
 SIT, DIT, REPA = Golden("sit"), Golden("dit"), Golden("repa")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -45,9 +45,8 @@ def args_of(chain, *words):
         sys.argv = argv
 
 
-def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_same(chain, tmp_path, monkeypatch):
+def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_same(chain, tmp_path, monkeypatch, one_thread):
     vae, data, run = V.VAE.load(chain.root / "vae"), V.Images(chain.data, 32), V.Run()
-    torch.set_num_threads(1)
     whole = tmp_path / "whole"
     T.open_cache(args_of(chain, f"--cache {whole}"), run, vae, data, chunk=16)
     put, calls = V.Store.put, []
