@@ -36,9 +36,9 @@ SHAPES = dict(
     sit="--steps 3600 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 PHOTOGRAPHS = dict(
     train=None, test=None, samples=1000, steps=50, judge=300, teacher=1000,
-    vae="--steps 2000 --batch 16 --lr 3e-3 --warmup 100",
-    tune="--steps 800 --batch 16 --lr 1.5e-3 --warmup 50",
-    sit="--steps 5000 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
+    vae="--steps 3500 --batch 16 --lr 3e-3 --warmup 100",
+    tune="--steps 1000 --batch 16 --lr 1.5e-3 --warmup 50",
+    sit="--steps 6500 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 QUICK = dict(
     train=600, test=200, samples=40, steps=8, judge=20, teacher=20,
     vae="--steps 20 --batch 16 --lr 2e-3", tune="--steps 20 --batch 16 --lr 1e-3",
