@@ -1,5 +1,6 @@
 """fid.py against torch-fidelity, lpips, prdc, scikit-image, scipy, and plain NumPy written from the definitions."""
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -150,6 +151,29 @@ def test_float64_sees_the_epsilon_of_the_batch_norms(inception):
         assert relative(net(images)[0], theirs) > 10 * 2e-7
 
 
+def test_bf16_inception_is_float32_within_its_rounding(inception):
+    """Random weights magnify a rounding from layer to layer: how much is measured by rounding the weights alone, in float32."""
+    images, rounded = pictures(2, seed=1), copy.deepcopy(inception[1])
+    with torch.no_grad():
+        for p in rounded.parameters():
+            p.copy_(p.bfloat16())
+        full, shaken = inception[1](images), rounded(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = inception[1](images)
+    for low, moved, exact in zip(half, shaken, full):
+        assert 1e-4 < (low.float() - exact).norm() < 3 * (moved - exact).norm()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_inception_is_the_eager_one(inception, backend):
+    images = pictures(2, seed=1)
+    torch.compiler.reset()
+    compiled = torch.compile(inception[1], fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for a, b in zip(compiled(images), inception[1](images)):
+            assert relative(a, b) < 1e-5
+
+
 def test_inception_takes_uint8_only(inception):
     with pytest.raises(ValueError, match="uint8"):
         inception[1](torch.zeros(1, 3, 32, 32))
@@ -223,6 +247,14 @@ def test_lpips_stays_float32_under_autocast(vgg, known):
     a, b, calibrated, _ = known[32]
     with torch.autocast("cpu", torch.bfloat16):
         assert relative(fid.LPIPS.load(vgg, LIN)(a, b), calibrated) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_lpips_is_the_eager_one(vgg, known, backend):
+    a, b, calibrated, _ = known[32]
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert relative(torch.compile(fid.LPIPS.load(vgg, LIN), backend=backend)(a, b), calibrated) < 1e-5
 
 
 def test_lpips_has_a_finite_gradient_at_a_zero_feature_vector(vgg):

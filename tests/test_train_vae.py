@@ -66,6 +66,18 @@ def test_patchgan_is_the_public_one():
     assert relative(disc(x), h) < 1e-12
 
 
+def test_the_discriminator_in_bf16_and_compiled_is_the_eager_one():
+    torch.manual_seed(0)
+    disc, x = T.PatchGAN(16), torch.rand(2, 3, 64, 64) * 2 - 1
+    full = disc(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = disc(x)
+    assert half.dtype == torch.bfloat16 and 1e-4 < (half.float() - full).norm() / full.norm() < 0.03
+    torch.compiler.reset()
+    compiled = torch.compile(disc, fullgraph=True, backend="aot_eager")(x)
+    assert relative(compiled.detach(), full.detach()) < 1e-5
+
+
 class Args:
     features, dtype = "both", "fp32"
 

@@ -308,6 +308,35 @@ def test_a_cached_file_of_another_size_is_refused(tmp_path, monkeypatch):
         V.VAE.load("sd-vae-ft-mse")
 
 
+TWO_WANT_ONE_FILE = """
+import os, sys, time
+sys.path.insert(0, "{root}")
+import torch, vae
+
+def download(url, path, hash_prefix=None, progress=True):
+    open("{here}/downloads", "a").write(os.environ["RANK"])
+    time.sleep(1)
+    open(path, "wb").write(b"weights")
+
+torch.hub.get_dir, torch.hub.download_url_to_file = lambda: "{here}", download
+def main():
+    run = vae.Run()
+    with run.first():
+        path = vae.fetch("https://nowhere/w.pth", "w.pth")
+    open("{here}/" + str(run.rank), "wb").write(path.read_bytes())
+
+vae.main(main)
+"""
+
+
+def test_of_several_ranks_one_downloads_while_the_others_wait(tmp_path):
+    (tmp_path / "two.py").write_text(TWO_WANT_ONE_FILE.format(root=ROOT, here=tmp_path))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, str(tmp_path / "two.py")], check=True, capture_output=True)
+    assert (tmp_path / "downloads").read_text() == "0"
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == b"weights"
+
+
 # ----------------------------------------------------------------------------------------- heads, normaliser, statistics
 
 
