@@ -27,6 +27,7 @@ import fid
 import nets
 import shapes
 import vae as V
+from dino import DINOv2
 
 # How much of everything; vae, tune and sit are flags of train_vae.py (from nothing, then fine-tuning) and train_sit.py.
 SHAPES = dict(
@@ -103,10 +104,10 @@ def shrink(source, folder, size, number):
     part.rename(folder)
 
 
-def in_memory(folder, size):
-    """A whole picture folder, shuffled: uint8 [N,3,S,S], labels [N], masks [N,S,S] (None for photographs)."""
+def in_memory(folder, size, number=None):
+    """(The first so many of) a picture folder, shuffled: uint8 [N,3,S,S], labels [N], masks [N,S,S] (None for photographs)."""
     data = V.Images(folder, size)
-    order = V.rng(0, "order", 0).permutation(len(data))
+    order = V.rng(0, "order", 0).permutation(len(data))[:number]
     masks = np.load(folder / "masks.npz")["masks"][order] if (folder / "masks.npz").is_file() else None
     images = torch.stack([data[int(i)][0] for i in order])
     return images, torch.from_numpy(data.labels[order]), None if masks is None else torch.from_numpy(masks)
@@ -174,10 +175,38 @@ def anchors(args, vae, folder):
             np.savez(f, arr_0=np.concatenate(parts), arr_1=data.labels[chosen])
 
 
+@torch.no_grad()
+def masks(args, name="aligned"):
+    """Figure 4 in the small: a linear head that learned masks from the teacher's features of real pictures reads, untouched,
+    latents pushed through the align MLPs. -> {what: mean IoU of foreground and background}, bool masks of the samples [N,S,S]."""
+    out, size = args.out, args.size
+    teacher, model, align = DINOv2.load(out / "teacher.pth"), V.VAE.load(out / f"vae-{name}"), V.Align.load(out / f"vae-{name}")
+    images, _, truth = in_memory(out / "data/train", size, 2000)
+    test, _, test_truth = in_memory(out / "data/val", size, 1000)
+
+    def teachers(images):
+        return torch.cat([teacher.targets(V.from_uint8(x), size // model.f)[0] for x in images.split(100)])
+    head = nets.train_mask_head(teachers(images), truth)
+
+    def from_latents(z):
+        return torch.cat([head(align(part)[0]) for part in z.split(100)])
+    z = torch.cat([model.encode(V.from_uint8(x)).mean for x in test.split(100)])
+    folder = out / f"samples-{name}-cfg2"
+    with np.load(folder / "samples.npz") as held:
+        painted = torch.from_numpy(held["arr_0"]).permute(0, 3, 1, 2)
+    generated = from_latents(torch.from_numpy(np.load(folder / "latents.npy")))
+    label, mask = nets.constant_guesses(test_truth)
+    return {"teacher's features": nets.mean_iou(head(teachers(test)), test_truth),
+            "encoded latents": nets.mean_iou(from_latents(z), test_truth),
+            "one label everywhere": label, "one mask for all": mask,
+            "colour threshold": nets.mean_iou(nets.threshold_mask(test), test_truth),
+            "generated latents": nets.mean_iou(generated, nets.threshold_mask(painted))}, generated
+
+
 # -------------------------------------------------------------------------------------------------- the table, the picture
 
 
-def table(args, names):
+def table(args, names, found_masks):
     """The end of the story: one row an arm, one column a number, and the command that measured each."""
     n, out = args.preset["samples"], args.out
     columns = {
@@ -200,14 +229,18 @@ def table(args, names):
     for k in columns:
         print(f"{k:20}" + "".join(f"{rows[name][k]:12.3f}" for name in names))
     print(f"{'':20}" + "".join(f"{name:>12}" for name in names) + "\n")
+    if found_masks:
+        print("mean IoU of masks by a linear head trained on the teacher's features, against the true masks (generated latents: against")
+        print("a colour threshold of the decoded picture): " + ", ".join(f"{k} {v:.3f}" for k, v in found_masks.items()) + "\n")
     for who, command in commands.items():
         print(f"{who:8} {command}")
-    V.save_json(out / "table.json", {"rows": rows, "commands": commands})
+    V.save_json(out / "table.json", {"rows": rows, "commands": commands, "masks": found_masks})
 
 
 @torch.no_grad()
-def story(args, name="aligned"):
-    """story.png: real pictures, their reconstructions, the latents' three-colour PCA, and samples, a column for each class."""
+def story(args, generated, name="aligned"):
+    """story.png: real pictures, their reconstructions, the latents' three-colour PCA, samples, and the masks that the head of
+    masks() reads from their latents; a column for each class."""
     out, size = args.out, args.size
     data, model, align = V.Images(out / "data/val", size), V.VAE.load(out / f"vae-{name}"), V.Align.load(out / f"vae-{name}")
     k = min(len(data.classes), 10)
@@ -216,9 +249,12 @@ def story(args, name="aligned"):
     colours = V.pca(align(q.mean)[0])[0].transpose(1, 2).unflatten(2, q.mean.shape[-2:])
     with np.load(out / f"samples-{name}-cfg2/samples.npz") as z:
         samples, labels = torch.from_numpy(z["arr_0"]).permute(0, 3, 1, 2), z["arr_1"]
-    drawn = torch.stack([samples[int(np.flatnonzero(labels == c)[j])] for j in range(3) for c in range(k)])
+    chosen = [int(np.flatnonzero(labels == c)[j]) for j in range(3) for c in range(k)]
+    drawn = samples[chosen]
     rows = [("real", real), ("reconstructed", V.to_uint8(model.decode(q.mean))),
             ("latents, PCA", V.to_uint8(2 * F.interpolate(colours, scale_factor=model.f) - 1)), ("samples, cfg 2", drawn)]
+    if generated is not None:
+        rows.append(("their masks", drawn * generated[chosen][:, None]))
     scale, left = max(1, 64 // size), 100
     sheets = [(text, V.grid(F.interpolate(images, scale_factor=scale), columns=k, pad=3)) for text, images in rows]
     page = Image.new("RGB", (left + sheets[0][1].width, sum(s.height + 6 for _, s in sheets)), "white")
@@ -243,8 +279,9 @@ def main():
     names = ["aligned", "plain"] if args.compare else ["aligned"]
     for name in names:
         arm(args, name, align=name == "aligned")
-    table(args, names)
-    story(args)
+    found, generated = masks(args) if (args.out / "data/val/masks.npz").is_file() else ({}, None)
+    table(args, names, found)
+    story(args, generated)
     print(f"{(time.time() - start) / 60:.1f} minutes")
 
 

@@ -144,6 +144,58 @@ def train_teacher(images, labels, masks, steps, path, test):
     V.save(net.state_dict(), path)
 
 
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def train_mask_head(features, masks):
+    """A linear head by logistic regression from patch features [N,n,D] to the foreground's share of each patch of masks
+    [N,S,S]; returns the function features -> bool masks [N,S,S], its logits enlarged bilinearly."""
+    size, side = masks.shape[-1], math.isqrt(features.shape[1])
+    share = F.avg_pool2d(masks.float()[:, None], size // side).flatten(1)
+    mean, std = features.mean((0, 1)), features.std((0, 1))
+    w = torch.zeros(features.shape[-1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=50, line_search_fn="strong_wolfe")
+
+    def logits(features):
+        return (features - mean) / std @ w[:-1] + w[-1]               # [N, n]
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(logits(features), share) + 1e-4 * w.square().sum()
+        value.backward()
+        return value
+    with torch.enable_grad():
+        optimizer.step(loss)
+    w.requires_grad_(False)
+    return lambda features: F.interpolate(logits(features).unflatten(1, (1, side, side)), (size, size), mode="bilinear")[:, 0] > 0
+
+
+def mean_iou(seen, truth):
+    """Intersection over union of the foreground and of the background, their mean; bool [N,S,S], pixels of all pictures together."""
+    return sum(((a & b).sum() / (a | b).sum().clamp_min(1)).item() for a, b in ((seen, truth), (~seen, ~truth))) / 2
+
+
+def constant_guesses(truth):
+    """The mean IoU of the best single label for every pixel, and of the best single mask for every picture (a threshold on the
+    mean mask), chosen with the truth [N,S,S] at hand."""
+    often = truth.float().mean(0)
+    one_mask = [mean_iou((often > t).expand_as(truth), truth) for t in torch.linspace(0, 1, 65)]
+    return max(mean_iou(torch.full_like(truth, label), truth) for label in (False, True)), max(one_mask)
+
+
+def threshold_mask(images):
+    """Foreground by colour alone: farther from the border's mean colour than Otsu's threshold of that picture; uint8 [N,3,S,S] -> bool."""
+    x = images.float()
+    edge = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).mean(-1)
+    far = (x - edge[..., None, None]).square().sum(1).sqrt().flatten(1)                     # [N, S*S]
+    ranked, n = far.sort(1).values, far.shape[1]
+    k = torch.arange(1, n)
+    below = ranked.cumsum(1)[:, :-1] / k
+    above = (ranked.sum(1, keepdim=True) - ranked.cumsum(1)[:, :-1]) / (n - k)
+    best = (k * (n - k) * (above - below).square()).argmax(1, keepdim=True)                  # variance between the two
+    return (far > ranked.gather(1, best)).view(len(x), *x.shape[-2:])
+
+
 # ------------------------------------------------------------------------------------------------------------- judging
 
 
