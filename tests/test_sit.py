@@ -668,6 +668,14 @@ def test_the_papers_interval_guides_185_or_119_of_250_evaluations(process, guide
     assert net.sizes == [1] * (250 - guided) + [2] * guided              # the noisiest steps are left alone
 
 
+@pytest.mark.parametrize("sampler, calls", [("sde", 6), ("euler", 6), ("heun", 12), ("ddpm", 6)])
+def test_a_step_calls_the_network_once_and_heuns_twice(sampler, calls):
+    net, z = Counting("dit" if sampler == "ddpm" else "sit"), torch.zeros(1, 4, 1, 1)
+    process, how = (Diffusion(), {}) if sampler == "ddpm" else (Flow(), {"sampler": sampler})
+    process.sample(net, z, torch.tensor([3]), steps=6, **how)
+    assert len(net.sizes) == calls
+
+
 @pytest.mark.parametrize("steps, interval, expected", [(4, (0, .75), 3), (4, (.25, .75), 3), (10, (.3, .7), 5),
                                                        (10, (.1, .1), 1), (5, (0, 1), 5)])
 def test_both_bounds_of_the_interval_are_inside(steps, interval, expected):
