@@ -133,7 +133,7 @@ def network(process):
     return Net(process)
 
 
-def trained(process, steps=3000, batch=512):
+def trained(process, steps=1500, batch=256):
     net, law = network(process), Flow() if process == "sit" else Diffusion()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -162,16 +162,13 @@ def energy(x, y):
 
 @pytest.mark.parametrize("sampler", ["sde", "euler", "heun", "ddpm"])
 def test_a_trained_network_samples_the_mixture_back_and_an_untrained_one_fails_by_far(networks, sampler):
+    """Measured: trained 0.0001 to 0.0009, untrained 0.31 (the ODEs), 0.53 (sde) and 157 (ddpm). For scale: other exact samples are
+    up to 0.001 away, the mixture with equal weights 0.12, and one Gaussian of its mean and covariance 0.12."""
     n, truth = 4000, exact(4000, 5)
     draw = normal(n, 6)
-    z, results = draw(), []
+    z, distances = draw().float(), []
     for net in networks["dit" if sampler == "ddpm" else "sit"]:
-        noise = lambda k: draw().float()
-        if sampler == "ddpm":
-            x = Diffusion().sample(net, z.float(), None, 250, draw=noise)
-        else:
-            x = Flow().sample(net, z.float(), None, sampler, 100, draw=noise)
-        results.append(energy(x, truth))
-    untrained, ours = results
-    print(sampler, untrained, ours, energy(exact(n, 7), truth))
-    assert ours < 0.01 and untrained > 30 * ours
+        process, how = (Diffusion(), {}) if sampler == "ddpm" else (Flow(), {"sampler": sampler})
+        distances.append(energy(process.sample(net, z, None, steps=100, draw=draw, **how), truth))
+    untrained, ours = distances
+    assert ours < 0.005 and untrained > 50 * 0.005
