@@ -1,0 +1,145 @@
+"""README's section "The paper, table by table": every command parses, and every one runs to its result on tiny data.
+
+bash itself reads the section, loops and all, but `python` and `torchrun` are functions there that print their words and wait
+until this process has done what they say.
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dino
+import fid
+import figures
+import sample
+import shapes
+import sit
+import train_sit
+import train_vae
+import vae as V
+from conftest import ROOT, call
+
+SCRIPTS = {"train_vae.py": train_vae, "train_sit.py": train_sit, "sample.py": sample, "fid.py": fid, "tests/figures.py": figures}
+ASK = 'python() { echo "$*"; read -r; }\ntorchrun() { shift; python "$@"; }\n'
+
+SMALLER = {   # what makes the section's commands tiny; flags that a command gives itself come later and win
+    "train_vae.py": "train_vae.py --size 32 --batch 4 --steps 1 --align-hidden 16 --workers 0 --no-compile",
+    "train_sit.py": "train_sit.py --size 32 --batch 4 --steps 1 --keep 1 --model T --workers 0 --no-compile",
+    "--model B": "", "--model $m": "",
+    "sample.py": "sample.py --num 5 --steps 3",
+    "fid.py": "fid.py --size 32",
+    "--num-images 50000": "--num-images 5", "--num-images 10000": "--num-images 10",
+    "figures.py tsne": "figures.py tsne --size 32 --num 2 --perplexity 5",
+    "figures.py attention": "figures.py attention --size 32 --num 2",
+    "0400000": "0000001", "1000000": "0000002", "2000000": "0000003", "3250000": "0000004", "4000000": "0000005",   # steps
+}
+NUMBERS = {"table2.json": {"sc_crop", "sc_flip", "sc_blur", "sc_grayscale", "sc_all", "rfid", "psnr", "ssim2"},
+           "table10.json": {"z_mean", "z_std", "z_min", "z_max"}}
+SAMPLES = {"fid", "sfid", "is", "precision", "recall"}
+
+
+def commands(do, smaller={}):
+    """Calls do(script, words) for each command of the section, after the one before it is done."""
+    text = (ROOT / "README.md").read_text().split("## The paper, table by table\n")[1].split("\n## ")[0]
+    code = "\n".join(line for line in text.splitlines() if line.startswith("    "))
+    for at_full_size, tiny in smaller.items():
+        assert at_full_size in code, at_full_size
+        code = code.replace(at_full_size, tiny)
+    with subprocess.Popen(["bash", "-euc", ASK + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bash:
+        for line in bash.stdout:
+            script, *words = line.split()
+            do(script, words)
+            bash.stdin.write("\n")
+            bash.stdin.flush()
+    assert bash.returncode == 0
+
+
+needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+
+
+def parse(script, words):
+    kept, sys.argv = sys.argv, [script, *words]
+    try:
+        return SCRIPTS[script].flags()
+    finally:
+        sys.argv = kept
+
+
+@needs_bash
+def test_every_command_parses():
+    seen = []
+    commands(lambda script, words: seen.append(script) or parse(script, words))
+    assert set(seen) == set(SCRIPTS) and len(seen) > 90
+
+
+class Features(torch.nn.Module):
+    """In Inception's place: means of patches."""
+
+    def forward(self, x):
+        f = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
+        return f, f[:, :7] ** 2, f.softmax(1)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with ImageNet's layout, ADM's reference batch, and under each public name a small random network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for owner, name in ((V, "PUBLIC"), (dino, "SIZES"), (dino, "BACKBONES"), (dino, "SEGMENTERS"), (dino, "DEPTHS"), (fid, "PUBLIC")):
+        monkeypatch.setattr(owner, name, {})             # so that public names are files and folders here
+    shapes.write("imagenet/train", 20, 32, 1)
+    shapes.write("imagenet/val", 20, 32, 2)
+    np.savez("VIRTUAL_imagenet256_labeled.npz", arr_0=shapes.draw(12, 32, 3)[0])
+    torch.manual_seed(0)
+    small = V.VAE(16, (1, 1, 1, 1), 1)                   # f = 8, as SD-VAE: 4 x 4 latents
+    for name in ("sd-vae-ft-ema", "sd-vae-ft-mse"):
+        small.save(name)
+    for name in ("vitl14_reg", "vitb14_reg", "vitl14", "vitb14"):
+        torch.save(dino.DINOv2(64, 1, patch=4, registers=4 * name.endswith("_reg"), grid=4).state_dict(), name)
+    lpips = fid.LPIPS([4] * 13)
+    torch.save({f"features.{k}": v for k, v in lpips.features.state_dict().items()}, "vgg16")
+    torch.save({f"{k}.model.1.weight": v.data for k, v in lpips.lin.items()}, "lpips")
+    bn = {f"bn.{k}": torch.ones(64) for k in ("weight", "bias", "running_mean", "running_var")}
+    torch.save({**bn, "conv_seg.weight": torch.randn(21, 64, 1, 1), "conv_seg.bias": torch.zeros(21)}, "vitl14_voc2012")
+    depth = dino.Depth(64, 32, (32, 32, 32), 1, 1, 8)
+    torch.save({"model": {f"head.{k}": v for k, v in depth.state_dict().items()}}, "moge-vitl")
+    Path("hub/hub/checkpoints").mkdir(parents=True)
+    for process, file, _ in sit.PUBLIC.values():
+        model = sit.SiT("T", input_size=4, classes=10, process="dit" if process == "dit" else "sit")
+        torch.save(model.state_dict(), Path("hub/hub/checkpoints", file))
+    monkeypatch.setattr(fid.Inception, "load", lambda source: Features())
+
+
+def result(script, args):
+    """Asserts that what a command makes is there, and that numbers are under the names that the section gives them."""
+    if script == "train_vae.py":
+        info = json.loads(Path(args.out, "vae/reals.json").read_text())
+        assert {"mean", "std", "min", "max"} <= info["latents"].keys()
+        assert (info["kl"], info["features"], info["dino"]) == (args.kl, args.features, args.dino if args.align else None)
+    elif script == "train_sit.py":
+        held = torch.load(Path(args.out, f"{args.steps:07d}.pt"), weights_only=True)
+        norm = args.norm or ("none" if "sd-vae" in args.vae else "max-min")
+        assert (held["process"], held["normalizer"]["kind"], held["step"]) == (args.process, norm, args.steps)
+    elif script == "sample.py":
+        assert Path(args.out, "samples.npz" if args.npz else "grid.png").is_file()
+        assert not args.tasks or Path(args.out, "tasks.png").is_file()
+    elif script == "fid.py":
+        book, names = json.loads(Path(args.out).read_text()), NUMBERS.get(Path(args.out).name, SAMPLES)
+        assert set(args.vae or args.samples) == set(book)
+        assert np.isfinite([entry["value"][name] for entry in book.values() for name in names]).all()
+    else:
+        assert Path(args.out).is_file()
+
+
+@pytest.mark.slow
+@needs_bash
+def test_every_command_runs_to_its_result(world):
+    def run(script, words):
+        call(SCRIPTS[script], *words)
+        result(script, parse(script, words))
+    commands(run, SMALLER)
