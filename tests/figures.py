@@ -39,23 +39,21 @@ def flags():
         q.set_defaults(function=function)
         return q
 
-    for q, split, num in ((figure(tsne), "train", 128), (figure(attention), "val", 4)):
+    mapped, compared, scaled, followed, swept = map(figure, (tsne, attention, scales, trajectory, kl))
+    for q, split, num in ((mapped, "train", 128), (compared, "val", 4)):
         q.add_argument("--vae", nargs="+", required=True, help="side by side: public names, runs, folders or files")
         q.add_argument("--data", default=f"imagenet/{split}", help="folder of images")
         q.add_argument("--size", type=int, default=256, help="center crop in pixels")
         q.add_argument("--num", type=int, default=num, help="number of images; tsne: of each class")
-        if num == 128:
-            q.add_argument("--classes", nargs="+", help="class folders; default: ten drawn by the seed")
-            q.add_argument("--perplexity", type=float, default=30)
-        else:
-            q.add_argument("--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="default: the one in the middle")
-    for q in (figure(scales), figure(trajectory)):
+    mapped.add_argument("--classes", nargs="+", help="class folders; default: ten drawn by the seed")
+    mapped.add_argument("--perplexity", type=float, default=30)
+    compared.add_argument("--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="default: the one in the middle")
+    for q in (scaled, followed):
         q.add_argument("--num", type=int, default=4, help="number of images; all other flags are those of sample.py")
-    commands.choices["scales"].add_argument("--scales", type=float, nargs="+", default=[1, 1.5, 2, 4, 8])
-    commands.choices["trajectory"].add_argument("--points", type=int, default=8, help="columns, spread over the steps")
-    q = figure(kl)
-    q.add_argument("--vae", nargs="+", required=True, help="runs of train_vae.py that differ in --kl")
-    q.add_argument("--results", required=True, help="what fid.py wrote about samples on each of them")
+    scaled.add_argument("--scales", type=float, nargs="+", default=[1, 1.5, 2, 4, 8])
+    followed.add_argument("--points", type=int, default=8, help="columns, spread over the steps")
+    swept.add_argument("--vae", nargs="+", required=True, help="runs of train_vae.py that differ in --kl")
+    swept.add_argument("--results", required=True, help="what fid.py wrote about samples on each of them")
     args, rest = p.parse_known_args()
     if args.figure in ("scales", "trajectory"):
         sys.argv[1:] = rest
@@ -342,7 +340,8 @@ def kl(args, run):
         pen.text((x, height - 54), f"{weight:g}".replace("e-0", "e-"), fill="black", anchor="ma")
         pen.text((x, y - r - 2), f"{value:.2f}", fill="black", anchor="mb")
         pen.text((x, y + r + 2), f"{std:.2f}", fill="black", anchor="ma")
-    pen.text((width / 2, height - 12), "KL weight; above a point its FID, below it the standard deviation of the latents", fill="black", anchor="mb")
+    caption = "KL weight; above a point its FID, below it the standard deviation of the latents"
+    pen.text((width / 2, height - 12), caption, fill="black", anchor="mb")
     return out
 
 
