@@ -30,7 +30,7 @@ ASK = 'python() { echo "$*"; read -r; }\ntorchrun() { shift; python "$@"; }\n'
 SMALLER = {   # what makes the section's commands tiny; flags that a command gives itself come later and win
     "train_vae.py": "train_vae.py --size 32 --batch 4 --steps 1 --align-hidden 16 --workers 0 --no-compile",
     "train_sit.py": "train_sit.py --size 32 --batch 4 --steps 1 --keep 1 --model T --workers 0 --no-compile",
-    "--model B": "", "--model $m": "",
+    "--model B": "", "--model XL": "", "--model $m": "",
     "sample.py": "sample.py --num 5 --steps 3",
     "fid.py": "fid.py --size 32",
     "--num-images 50000": "--num-images 5", "--num-images 10000": "--num-images 10",
