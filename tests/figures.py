@@ -122,8 +122,9 @@ def embed(x, perplexity, steps=1000):
 
 def principal(x, n=50):
     """The first n principal components of points x [N,D]."""
-    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    return (u * s)[:, :n]
+    x = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(x @ x.T)            # N x N: latents have more numbers than there are points
+    return (vectors * values.clamp_min(0).sqrt()).flip(1)[:, :n]
 
 
 def neighbours(x, labels):
