@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import lpips
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import skimage.metrics
 import torch
 import torch.nn.functional as F
@@ -395,6 +397,15 @@ def test_statistics_do_not_depend_on_the_batches():
         mu, sigma = fid.measure(net, images, micro=micro).moments[0]
         for ours, numpy in ((mu, features.mean(0)), (sigma, np.cov(features, rowvar=False))):
             assert np.linalg.norm(ours.numpy() - numpy) < 1e-12 * np.linalg.norm(numpy)
+    distances = [fid.evaluate(net, images, pictures(40, 16, seed=9), micro=micro)["fd"] for micro in (1, 7, 64)]
+    assert distances == pytest.approx([distances[0]] * 3, rel=1e-6)
+
+
+def test_statistics_of_fewer_images_than_announced_are_refused():
+    s = fid.Statistics("some.npz", n=5)
+    s.add(torch.arange(3), net(pictures(3, 16)))
+    with pytest.raises(ValueError, match="some.npz: 3 of 5 images"):
+        s.finish(vae.Run())
 
 
 def test_evaluate_is_its_parts():
@@ -485,6 +496,19 @@ def test_what_would_give_a_wrong_number_ends_in_one_line(source, words):
     assert "\n" not in str(error.value)
 
 
+def cut(file, kind):
+    """An image file whose second half is missing."""
+    file.parent.mkdir()
+    Image.fromarray(pictures(1, 16)[0].permute(1, 2, 0).numpy()).save(file, kind)
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def two_sizes(file):
+    file.parent.mkdir()
+    Image.new("RGB", (16, 16)).save(file)
+    Image.new("RGB", (16, 20)).save(file.with_name("c.png"))
+
+
 @pytest.mark.parametrize("name, write, words", [
     ("a.npz", lambda f: np.savez(f, arr_0=np.zeros((4, 16, 16, 3), np.float32)), "arr_0: images are float32"),
     ("a.npz", lambda f: np.savez(f, images=np.zeros(3)), "neither images"),
@@ -492,6 +516,9 @@ def test_what_would_give_a_wrong_number_ends_in_one_line(source, words):
     ("a.npz", lambda f: np.savez(f, mu=np.zeros(3), sigma=np.full((3, 3), np.nan)), "mu and sigma"),
     ("a.npz", lambda f: f.write_bytes(b"PK\x03\x04 cut short"), "a.npz: neither a folder"),
     ("a/b.png", lambda f: (f.parent.mkdir(), f.write_bytes(b"\x89PNG\r\n\x1a\n")), "b.png: not a readable image"),
+    ("a/b.png", lambda f: cut(f, "PNG"), "b.png: not a readable image"),
+    ("a/b.jpg", lambda f: cut(f, "JPEG"), "b.jpg: not a readable image"),
+    ("a/b.png", lambda f: two_sizes(f), r"a: image 1 is \(3, 20, 16\), an earlier one \(3, 16, 16\); --size brings"),
 ])
 def test_a_bad_file_is_named_in_one_line(tmp_path, name, write, words):
     write(tmp_path / name)
@@ -547,21 +574,40 @@ def test_two_processes_see_each_image_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_fid_and_inception_score_equal_torch_fidelitys(inception, tmp_path, monkeypatch):
+def test_the_five_numbers_equal_torch_fidelitys_and_prdcs(inception, tmp_path, monkeypatch):
     real, fake = pictures(40), pictures(30, seed=5)
     for name, x in (("real", real), ("fake", fake)):
         np.savez(tmp_path / f"{name}.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
     command(monkeypatch, tmp_path / "fake.npz", "--ref", tmp_path / "real.npz", "--inception", inception[0])
     ours = json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "fake.npz")]["value"]
-    peer = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(inception[0]))
-    with torch.no_grad():
-        (pool, logits), (reference, _) = peer(fake), peer(real)
-    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (pool, reference)), verbose=False)
-    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    theirs = isc_features_to_metric(logits, splits=1, shuffle=False)
+    (pool, spatial, probs), (reference, spatial_reference, _) = (peer_inception(inception[0], x) for x in (fake, real))
+    for name, a, b in (("fid", pool, reference), ("sfid", spatial.contiguous(), spatial_reference.contiguous())):
+        theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+        assert ours[name] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    theirs = isc_features_to_metric(probs.log(), splits=1, shuffle=False)
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     known = compute_prdc(reference.double().numpy(), pool.double().numpy(), 3)
-    assert (ours["precision"], ours["recall"]) == (known["precision"], known["recall"]) and ours["sfid"] > 0
+    assert (ours["precision"], ours["recall"]) == (known["precision"], known["recall"])
+
+
+@pytest.mark.slow
+def test_from_images_batches_and_processes_move_the_last_digits_only(inception, tmp_path):
+    """Inception's kernels round by the batch and the number of threads: mean, covariance and FID, relative to one image at
+    a time in one process. Measured: BOUND."""
+    images, reference = pictures(14), fid.measure(inception[1], pictures(14, seed=5))
+    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "fid.py")]
+    subprocess.run([*launch, "--ref", str(tmp_path / "a.npz"), "--save-stats", str(tmp_path / "s.npz"), "--inception", str(inception[0]),
+                    "--micro", "3"], check=True, capture_output=True)
+    one, *others = [fid.measure(inception[1], images, micro=micro) for micro in (1, 7, 64)] + [fid.Statistics.read(tmp_path / "s.npz")]
+    for other in others:
+        for (mu, sigma), (mu1, sigma1) in zip(other.moments, one.moments):
+            print(torch.linalg.norm(mu - mu1) / torch.linalg.norm(mu1), torch.linalg.norm(sigma - sigma1) / torch.linalg.norm(sigma1))
+            assert torch.linalg.norm(mu - mu1) < 1e-6 * torch.linalg.norm(mu1)
+            assert torch.linalg.norm(sigma - sigma1) < 1e-6 * torch.linalg.norm(sigma1)
+        distances = [fid.frechet(*s.moments[0], *reference.moments[0]) for s in (other, one)]
+        print(distances[0] / distances[1] - 1)
+        assert distances[0] == pytest.approx(distances[1], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- latent spaces
@@ -724,11 +770,17 @@ def test_the_command_adds_lpips_and_reconstruction_fid(world, quick, thin, monke
     assert value["n"] == 20 and value["rfid"] > 0 and value["lpips"] > 0
 
 
-def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, monkeypatch, tmp_path):
+def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, monkeypatch, tmp_path, capsys):
     data = np.stack([np.array(Image.open(p)) for p in sorted((world / "data").rglob("*.png"))])
     np.savez(tmp_path / "b.npz", arr_0=255 - data[:20])
+    seen, forward = [], fid.Inception.load(None).forward
+    monkeypatch.setattr(fid.Inception.load(None), "forward", lambda x: seen.append(len(x)) or forward(x))
     command(monkeypatch, world / "data", tmp_path / "b.npz", "--ref", world / "data", "--save-stats",
             tmp_path / "s.npz")
+    assert sum(seen) == 24 + 24 + 20                      # the reference once, each set of samples once
+    out, err = capsys.readouterr()
+    assert out.split("\n")[0].split()[-5:] == ["fid", "sfid", "is", "precision", "recall"]
+    assert err.count("24/24") == 2 and "20/20" in err and "img/s" in err
     book = json.loads((world / "data" / "results.json").read_text())
     same, other = (book[str(path)]["value"] for path in (world / "data", tmp_path / "b.npz"))
     assert other.keys() == {"n", "fid", "sfid", "is", "precision", "recall"} and other["sfid"] > 0
@@ -736,6 +788,39 @@ def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, m
     command(monkeypatch, tmp_path / "b.npz", "--ref", tmp_path / "s.npz")
     again = json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "b.npz")]["value"]
     assert again["fid"] == pytest.approx(other["fid"], rel=1e-9) and "precision" not in again
+    command(monkeypatch, "--ref", world / "data", "--save-stats", tmp_path / "alone.npz")
+    assert np.array_equal(np.load(tmp_path / "alone.npz")["sigma"], np.load(tmp_path / "s.npz")["sigma"])
+
+
+def test_the_command_crops_a_folder_to_one_size(quick, monkeypatch, tmp_path):
+    for i, x in enumerate(pictures(12, 24, 20).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(x[:24 - 2 * (i % 2)]).save(tmp_path / f"{i:02d}.png")             # of two heights
+    command(monkeypatch, tmp_path, "--ref", tmp_path, "--size", 16)
+    assert json.loads((tmp_path / "results.json").read_text())[str(tmp_path)]["value"]["n"] == 12
+
+
+def test_a_flat_folder_is_images_without_labels(world, monkeypatch, tmp_path):
+    command(monkeypatch, "--vae", world / "one", "--data", world / "data/a", "--size", 16, "--inception", "none",
+            "--out", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())[str(world / "one")]["value"]["n"] == 12
+
+
+def test_the_same_weights_twice_differ_in_nothing_and_strengths_are_flags(world, monkeypatch, tmp_path):
+    """Same images, noise and views for both; views that change nothing have a cosine of 1."""
+    shutil.copytree(world / "one", tmp_path / "copy", ignore=shutil.ignore_patterns("results.json"))
+    command(monkeypatch, "--vae", world / "one", tmp_path / "copy", "--data", world / "data", "--size", 16, "--inception", "none",
+            "--crop-scale", 1, 1, "--crop-ratio", 1, 1, "--blur-kernel", 3, "--blur-sigma", 0.01, 0.01, "--out", tmp_path / "r.json")
+    book = json.loads((tmp_path / "r.json").read_text())
+    difference = book[str(tmp_path / "copy")]["value"]["difference"]
+    assert {"psnr", "ssim2", "sc_all_centred"} <= difference.keys() and not any(difference.values())
+    value = book[str(world / "one")]["value"]
+    assert value["sc_crop"] == pytest.approx(1, abs=1e-6) and value["sc_blur"] == pytest.approx(1, abs=1e-6) and value["sc_flip"] < 0.999
+
+
+def test_standard_errors_are_those_of_the_mean():
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal(50))
+    mean, error = fid.spread({"a": x, "b": 2 * x + 1})
+    assert mean["b"] == pytest.approx(2 * x.mean().item() + 1) and error["b"] == pytest.approx(2 * scipy.stats.sem(x.numpy()))
 
 
 def test_the_command_takes_distances_in_dinov2s_features(world, monkeypatch, tmp_path):
