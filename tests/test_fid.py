@@ -166,11 +166,10 @@ def test_bf16_inception_is_float32_within_its_rounding(inception):
         assert 1e-4 < (low.float() - exact).norm() < 3 * (moved - exact).norm()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_inception_is_the_eager_one(inception, backend):
+def test_compiled_inception_is_the_eager_one(inception):
     images = pictures(2, seed=1)
     torch.compiler.reset()
-    compiled = torch.compile(inception[1], fullgraph=True, backend=backend)
+    compiled = torch.compile(inception[1], fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for a, b in zip(compiled(images), inception[1](images)):
             assert relative(a, b) < 1e-5
