@@ -591,8 +591,8 @@ def test_the_five_numbers_equal_torch_fidelitys_and_prdcs(inception, tmp_path, m
 
 @pytest.mark.slow
 def test_from_images_batches_and_processes_move_the_last_digits_only(inception, tmp_path):
-    """Inception's kernels round by the batch and the number of threads: mean, covariance and FID, relative to one image at
-    a time in one process. Measured: BOUND."""
+    """Inception's kernels round by the batch, the number of threads and the processor: mean, covariance and FID, relative to
+    one image at a time in one process. Measured between two sets of kernels (oneDNN on and off): 6e-6, 2e-5 and 2e-6."""
     images, reference = pictures(14), fid.measure(inception[1], pictures(14, seed=5))
     np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "fid.py")]
@@ -601,12 +601,10 @@ def test_from_images_batches_and_processes_move_the_last_digits_only(inception, 
     one, *others = [fid.measure(inception[1], images, micro=micro) for micro in (1, 7, 64)] + [fid.Statistics.read(tmp_path / "s.npz")]
     for other in others:
         for (mu, sigma), (mu1, sigma1) in zip(other.moments, one.moments):
-            print(torch.linalg.norm(mu - mu1) / torch.linalg.norm(mu1), torch.linalg.norm(sigma - sigma1) / torch.linalg.norm(sigma1))
-            assert torch.linalg.norm(mu - mu1) < 1e-6 * torch.linalg.norm(mu1)
-            assert torch.linalg.norm(sigma - sigma1) < 1e-6 * torch.linalg.norm(sigma1)
+            assert torch.linalg.norm(mu - mu1) < 1e-4 * torch.linalg.norm(mu1)
+            assert torch.linalg.norm(sigma - sigma1) < 1e-4 * torch.linalg.norm(sigma1)
         distances = [fid.frechet(*s.moments[0], *reference.moments[0]) for s in (other, one)]
-        print(distances[0] / distances[1] - 1)
-        assert distances[0] == pytest.approx(distances[1], rel=1e-6)
+        assert distances[0] == pytest.approx(distances[1], rel=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- latent spaces
