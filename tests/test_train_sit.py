@@ -1,6 +1,5 @@
 """Stage 2: the latent cache, the draws, EMA and FLOPs, and how a run resumes, for SiT, DiT and REPA."""
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,12 +13,7 @@ import sit
 import train_sit as T
 import vae as V
 from conftest import ROOT, call
-from test_train_vae import same
-
-
-def run_two(script, command):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script)]
-    return subprocess.run(launch + command.split(), check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+from test_train_vae import far, gradients, logged, run_two, same
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -213,10 +207,28 @@ def test_micro_batches_and_processes_give_the_same_run(chain, tmp_path):
     call(T, command, f"--out {tmp_path}/one")
     call(T, command, f"--micro 2 --out {tmp_path}/micro")
     run_two("train_sit.py", f"{command} --out {tmp_path}/two")
-    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "micro", "two")]
-    for other in logs[1:]:
-        for a, b in zip(logs[0], other):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-9) and b["grad norm"] == pytest.approx(a["grad norm"], rel=1e-9)
+    one, *others = (logged(tmp_path / name, "loss", "grad norm") for name in ("one", "micro", "two"))
+    assert all(((other - one) / one).abs().max() < 1e-9 for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, of_gradient, of_ten, of_all", [("fp32", 1e-6, 1e-5, 1e-2), ("fp64", 1e-12, 1e-9, 1e-9)])
+@pytest.mark.parametrize("process", ["sit", "dit"])
+def test_one_process_and_two_agree_for_three_hundred_steps(chain, tmp_path, process, dtype, of_gradient, of_ten, of_all):
+    """A new network answers zero, so its first gradient reaches the last layer alone: the sixth, from equal weights, is compared
+    too (first moments without memory are the last step's gradient)."""
+    command = f"{chain.stage2} --process {process} --dtype {dtype} --log-every 1 --save-every 1000 --picture-every 1000"
+    memoryless = "--betas 0 0.999"
+    call(T, command, memoryless, f"--steps 5 --out {tmp_path}/one-6")
+    shutil.copytree(tmp_path / "one-6", tmp_path / "two-6")
+    for name, more in (("1", "--steps 1"), ("6", f"{memoryless} --steps 6"), ("300", "--steps 300")):
+        call(T, command, more, f"--out {tmp_path}/one-{name}")
+        run_two("train_sit.py", f"{command} {more} --out {tmp_path}/two-{name}")
+    first, sixth = (far(gradients(tmp_path / f"two-{n}"), gradients(tmp_path / f"one-{n}")) for n in (1, 6))
+    one, two = (logged(tmp_path / f"{name}-300", "loss") for name in ("one", "two"))
+    apart = ((two - one) / one).abs().amax(1)
+    print(process, dtype, first, sixth, apart[:10].max(), apart.max())
+    assert max(first, sixth) < of_gradient and len(apart) == 300 and apart[:10].max() < of_ten and apart.max() < of_all
 
 
 @pytest.mark.parametrize("words, says", [
