@@ -1,7 +1,7 @@
 """Samples from a trained SiT or DiT: pictures for the eye, 50,000 images for an evaluator, masks and depth from latents.
 
     python sample.py --cfg 1.8                                          # 16 images from out/sit, Table 4's best guidance
-    torchrun --nproc_per_node=8 sample.py --cfg 1.8 --num 50000 --npz   # Table 4's 1.82: then fid.py out/samples/samples.npz
+    torchrun --nproc_per_node=8 sample.py --cfg 1.8 --num-images 50000 --npz   # Table 4's 1.82: then fid.py
     python sample.py --cfg 4 --interval 0 1 --classes 207 360           # Figure 3
 
 Image i is a function of (--seed, i) alone: not of the batch size, of the number of processes, or of what else is drawn.
@@ -26,10 +26,11 @@ def flags():
     p.add_argument("--ckpt", default="out/sit", help="a run of train_sit.py, one of its files, a public name, or a public .pt")
     p.add_argument("--process", choices=["sit", "dit", "repa"], help="what a bare public file was trained for")
     p.add_argument("--vae", help="overrides the VAE named in the checkpoint (the weights must be the same); public: sd-vae-ft-ema")
-    p.add_argument("--out", default="out/samples")
+    p.add_argument("--out", help="folder of the pictures; default: out/samples, or FILE of --npz without its ending")
     p.add_argument("--num", "--num-images", type=int, default=16,
                    help="number of images; under torchrun write --num-images: it takes --num for an option of its own")
-    p.add_argument("--npz", action="store_true", help="write samples.npz (arr_0 uint8 NHWC, arr_1 labels) instead of PNGs")
+    p.add_argument("--npz", nargs="?", const="", metavar="FILE",
+                   help="instead of PNGs write an npz (arr_0 uint8 NHWC, arr_1 labels), by default OUT/samples.npz")
     p.add_argument("--classes", nargs="+", help="class numbers or names, taken in turn")
     p.add_argument("--labels", choices=["random", "balanced"], default="random", help="without --classes: how labels are drawn")
     p.add_argument("--sampler", choices=["sde", "euler", "heun", "ddpm"], help="default: sde for a SiT, ddpm for a DiT")
@@ -43,7 +44,9 @@ def flags():
     p.add_argument("--batch", type=int, default=32, help="images a process draws at once")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU that has it, else fp32")
     p.add_argument("--seed", type=int, default=0)
-    return p.parse_args()
+    args = p.parse_args()
+    args.out = args.out or (str(Path(args.npz).with_suffix("")) if args.npz else "out/samples")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -230,10 +233,11 @@ def main():
         bar.update(len(part) * run.world)
     bar.close()
     run.barrier()
-    if run.main and args.npz:
-        with V.atomic(Path(args.out) / "samples.npz") as f:
+    if run.main and args.npz is not None:
+        file = args.npz or f"{args.out}/samples.npz"
+        with V.atomic(Path(file)) as f:
             np.savez(f, arr_0=store.arrays["images"], arr_1=y)
-        run.print(f"wrote {args.out}/samples.npz; next:\n  python fid.py {args.out}/samples.npz --ref VIRTUAL_imagenet256_labeled.npz")
+        run.print(f"wrote {file}; next:\n  python fid.py {file} --ref VIRTUAL_imagenet256_labeled.npz")
     elif run.main:
         write_pictures(args, store, y, tasks, run)
     run.barrier()
