@@ -1,5 +1,6 @@
 """sit.py against the public SiT, DiT and REPA (golden numbers), against diffusers, and against closed forms."""
 import argparse
+import copy
 import math
 import shutil
 import urllib.error
@@ -83,6 +84,24 @@ def test_a_dit_is_the_public_dit(golden_frequencies, size, dtype, suffix):
     model = golden_net(DIT, f"net{size}", size, "dit", dtype)
     out = model(DIT.input(f"fwd.x{size}").to(dtype), DIT.input("fwd.t"), DIT.input("fwd.y"))
     close(DIT, f"fwd{size}.out", suffix, out, 5e-6)
+
+
+@pytest.mark.parametrize("g, network, process", [(SIT, "net8.sigma", "sit"), (DIT, "net8", "dit")])
+def test_every_kind_of_parameter_moves_the_output_by_more_than_one_percent(g, network, process):
+    """So that agreement on the golden weights means agreement of every branch."""
+    model = golden_net(g, network, 8, process, torch.float32)
+    inputs = g.input("fwd.x8"), g.input("fwd.t"), g.input("fwd.y")
+    kind_of = lambda name: ".".join(part for part in name.split(".") if not part.isdigit())
+    kinds = {kind_of(k) for k in model.state_dict()}
+    assert len(kinds) == 20
+    with torch.no_grad():
+        full = model(*inputs)
+        for kind in kinds:
+            other = copy.deepcopy(model)
+            for k, v in other.state_dict().items():
+                if kind_of(k) == kind:
+                    v.zero_()
+            assert relative(other(*inputs), full) > 0.01, kind
 
 
 def test_networks_agree_in_float32_with_frequencies_as_they_are():
