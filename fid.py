@@ -404,6 +404,8 @@ def batches(images, micro, run, desc):
             bar.update(min(len(now) * run.world, len(images) - bar.n))
     if errors := [e for e in run.all(error) if e]:
         raise ValueError(errors[0])
+    if len(shapes := set(run.all(shape and tuple(shape)))) > 1:
+        raise ValueError(f"{desc}: images of {' and '.join(map(str, sorted(shapes)))}; --size brings a folder to one size")
 
 
 class Statistics:
@@ -456,10 +458,11 @@ class Statistics:
 
     def same_space(self, other):
         """Raises ValueError where two statistics are of different features."""
-        a, b = ([tuple(mu.shape) for mu, _ in s.moments] for s in (self, other))
-        if a[0] != b[0] or (self.space and other.space and self.space != other.space):
-            raise ValueError(f"{self.name}: statistics of another feature space ({a[0][0]} features, "
-                             f"{self.space or 'unnamed'}) than {other.name} ({b[0][0]}, {other.space or 'unnamed'})")
+        a, b = ([len(mu) for mu, _ in s.moments] for s in (self, other))
+        if any(x != y for x, y in zip(a, b)) or (self.space and other.space and self.space != other.space):
+            said = [" + ".join(map(str, sizes)) for sizes in (a, b)]
+            raise ValueError(f"{self.name}: statistics of another feature space ({said[0]} features, "
+                             f"{self.space or 'unnamed'}) than {other.name} ({said[1]}, {other.space or 'unnamed'})")
 
     def save(self, path):
         named = {key: x.cpu().numpy() for keys, pair in zip(self.arrays, self.moments) for key, x in zip(keys, pair)}
@@ -496,7 +499,7 @@ def measure(net, source, labels=None, space="", size=None, keep=True, micro=64, 
     result.finish(run)
     if known is None:
         return result
-    known.features = result.features
+    known.n, known.score, known.accuracy, known.features = result.n, result.score, result.accuracy, result.features
     return known
 
 
@@ -661,7 +664,7 @@ def flags():
     p.add_argument("--vae", nargs="+", default=[], help="measure these VAEs instead, paired with the first, on --data")
     p.add_argument("--data", help="folder of images for --vae")
     p.add_argument("--probe", action="store_true", help="linear-probe accuracy of the latents; needs classes")
-    p.add_argument("--vgg", help="adds LPIPS: vgg16, or a weight file in torchvision's layout")
+    p.add_argument("--vgg", default="vgg16", help="LPIPS's weight file in torchvision's layout (default: the public one); none: no LPIPS")
     p.add_argument("--lpips", help="its linear layers; default: the public ones with the public VGG, else none")
     p.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1), help="Table 2: the crop's share of area,")
     p.add_argument("--crop-ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="its aspect ratio,")
@@ -716,9 +719,10 @@ def score_samples(args, run):
         raise ValueError("give SAMPLES and --ref, or --vae and --data; see --help")
     open_set(args.ref, args.size)   # what is wrong with an input is said before anything long
     for source in args.samples:
-        images, _ = open_set(source, args.size)
-        if args.num and images is not None and len(images) != args.num:
-            raise ValueError(f"{source}: holds {len(images)} images, --num asks for {args.num}")
+        images, known = open_set(source, args.size)
+        held = known.n if images is None else len(images)
+        if args.num and held and held != args.num:
+            raise ValueError(f"{source}: holds {held} images, --num asks for {args.num}")
     net, space = feature_net(args, run)
     how = dict(space=space, size=args.size, micro=args.micro, run=run)
     reference = measure(net, args.ref, **how)
@@ -780,11 +784,11 @@ def score_vaes(args, run):
     images, labels = torch.utils.data.Subset(folder, order.tolist()), folder.labels[order]
     with run.first():
         models = [vae.VAE.load(name).to(run.device) for name in args.vae]
-        lpips = LPIPS.load(args.vgg, args.lpips).to(run.device) if args.vgg else None
         try:
             inception = None if args.inception == "none" else Inception.load(args.inception).to(run.device)
+            lpips = None if args.vgg == "none" else LPIPS.load(args.vgg, args.lpips).to(run.device)
         except FileNotFoundError as e:
-            raise FileNotFoundError(f"{e}; --inception none leaves rFID out") from None
+            raise FileNotFoundError(f"{e}; --inception none leaves rFID out, --vgg none LPIPS") from None
     how = dict(space="inception", keep=False, micro=args.micro, run=run)
     reference = measure(inception, images, **how) if inception else None
     heads, columns, first = [""], [], None

@@ -208,7 +208,7 @@ def main():
     model, vae, norm, names = load(args, run)
     args.sampler = args.sampler or ("ddpm" if model.process == "dit" else "sde")
     if (args.sampler == "ddpm") != (model.process == "dit"):
-        raise ValueError(f"--sampler {args.sampler} is not for a {model.process}: a dit takes ddpm, a sit sde, euler or heun")
+        raise ValueError(f"{args.ckpt}: --sampler {args.sampler} is not for a {model.process}: a dit takes ddpm, a sit sde, euler or heun")
     y, s, side = labels(args, model, names), model.settings, model.settings["input_size"] * vae.f
     guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
     tasks = Tasks(args, vae, run) if args.tasks else None

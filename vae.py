@@ -592,7 +592,8 @@ class Images(torch.utils.data.Dataset):
     """A folder of images: [i] -> (uint8 [3,size,size], label). One subfolder per class, in sorted order; in a flat folder
     every label is -1 and .classes is empty. size None keeps each image as it is. Pixels are read as stored (no EXIF rotation)."""
 
-    kinds = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+    kinds = tuple(ending for ending, kind in Image.registered_extensions().items()       # all that pillow reads; no other data
+                  if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"))
 
     def __init__(self, root, size):
         self.root, self.size = Path(root), size

@@ -148,7 +148,7 @@ def arm(args, name, align):
         samples.append(out / f"samples-{name}-cfg{cfg}/samples.npz")
     anchors(args, vae, out / f"anchors-{name}")
     samples += [out / f"anchors-{name}/{kind}.npz" for kind in ("reconstructions", "noise")]
-    run("fid.py", f"--vae {vae} --data {data}/val --size {args.size} --inception none --probe",
+    run("fid.py", f"--vae {vae} --data {data}/val --size {args.size} --inception none --vgg none --probe",
         f"--num {min(preset['samples'], preset['test'] or 1000)} --out {out}/results-{name}.json")
     for judge in ("judge", "random") if args.compare else ("judge",):
         run("tests/nets.py", *samples, f"--judge {out}/{judge}.pth" if judge == "judge" else "--judge random",

@@ -3,10 +3,12 @@ import contextlib
 import copy
 import inspect
 import json
+import os
 import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lpips
@@ -45,6 +47,14 @@ def pictures(n, height=64, width=None, seed=0):
     return torch.stack(out)
 
 
+def photographs(n, size=64):
+    """Photographs where there are some, else drawn pictures: uint8 [n,3,H,W]."""
+    if not os.environ.get("REALS_SHARED"):
+        return pictures(n, size)
+    folder = vae.Images(Path(os.environ["REALS_SHARED"], "data/imagenette/val"), size)
+    return torch.stack([folder[i][0] for i in fid.stratified(folder.labels, 0)[:n]])
+
+
 def calibrated_inception(images):
     """The state dict of an Inception with random weights whose features say something: Kaiming convolutions, batch
     norms that know the images, a head that tells them apart."""
@@ -72,7 +82,7 @@ def calibrated_inception(images):
 def inception(tmp_path_factory):
     """(the file of a calibrated Inception, our network with it)"""
     file = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(calibrated_inception(pictures(12)), file)
+    torch.save(calibrated_inception(photographs(12)), file)
     return file, fid.Inception.load(file)
 
 
@@ -449,8 +459,10 @@ def test_a_statistics_file_stands_for_its_images(tmp_path):
     assert {k: expected[k] for k in ("n", "fd", "sfd")} == out
     with pytest.raises(ValueError, match="s.npz: statistics of another feature space"):
         fid.evaluate(two, fake, tmp_path / "s.npz", space="another")
-    with pytest.raises(ValueError, match=r"s.npz: statistics of another feature space \(24 features"):
+    with pytest.raises(ValueError, match=r"s.npz: statistics of another feature space \(24 \+ 7 features"):
         fid.evaluate(lambda x: (net(x)[0][:, :9], None), fake, tmp_path / "s.npz")
+    with pytest.raises(ValueError, match=r"s.npz: statistics of another feature space \(24 \+ 7 features, two\) than images \(24 \+ 5"):
+        fid.evaluate(lambda x: (net(x)[0], net(x)[0][:, :5], None), fake, tmp_path / "s.npz")
 
 
 def test_a_references_own_moments_count_and_its_images_serve_precision_and_recall(tmp_path):
@@ -461,6 +473,10 @@ def test_a_references_own_moments_count_and_its_images_serve_precision_and_recal
     out = fid.evaluate(net, fake, tmp_path / "ref.npz")
     assert out["fd"] == pytest.approx(fid.evaluate(net, fake, real)["fd"], rel=1e-9)
     assert out["precision"] == fid.evaluate(net, fake, few)["precision"]
+    turned = fid.evaluate(net, tmp_path / "ref.npz", fake, labels=np.arange(20) % 5)
+    plain = fid.evaluate(net, few, fake, labels=np.arange(20) % 5)
+    assert turned["fd"] == pytest.approx(out["fd"], rel=1e-9)
+    assert {k: turned[k] for k in turned if k != "fd"} == {k: plain[k] for k in plain if k != "fd"} and turned["is"] > 1
 
 
 def test_autocast_and_low_matmul_precision_of_the_caller_do_not_reach_a_metric():
@@ -540,6 +556,13 @@ def test_what_another_process_cannot_read_is_reported_here():
         for places, x in fid.batches(pictures(7, 8), 2, run, "pictures"):
             seen += places.tolist()
     assert seen == [0, 2, 4, 6]
+
+
+def test_processes_that_see_different_sizes_say_so():
+    """Each of two processes has images of one size."""
+    run = SimpleNamespace(rank=0, world=2, device="cpu", bar=vae.Run().bar, all=lambda x: [x, x and (3, 9, 9)])
+    with pytest.raises(ValueError, match=r"pictures: images of \(3, 8, 8\) and \(3, 9, 9\); --size brings"):
+        list(fid.batches(pictures(7, 8), 2, run, "pictures"))
 
 
 TWO_PROCESSES = """
@@ -673,6 +696,16 @@ def test_the_crop_is_torchvisions_random_resized_crop(monkeypatch):
     assert abs(np.log(ours[:, 0] / ours[:, 1]).std() - np.log(theirs[:, 0] / theirs[:, 1]).std()) < 0.01
 
 
+def test_grayscale_is_rec_601_and_all_is_every_view_at_once():
+    """With crop and blur at strength zero, "all" is a flip and a grayscale."""
+    views = fid.augmentations((1, 1), (1, 1), 3, (0.01, 0.01))
+    x = pictures(1, 32)[0].double() / 255
+    gray = lambda v: (v * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(0).expand(3, -1, -1)
+    for name, expected in (("grayscale", gray(x)), ("all", gray(x.flip(-1)))):
+        one, two = views[name](x, vae.rng(0, "augment", 0))
+        assert relative(one, x) < 1e-5 and relative(two, expected) < 1e-5
+
+
 @pytest.mark.parametrize("size, kernel", [(32, 3), (64, 7), (224, 23), (256, 23)])
 def test_the_blurs_kernel_grows_with_the_image(monkeypatch, size, kernel):
     seen = []
@@ -732,12 +765,13 @@ def world(tmp_path_factory):
     for seed, name in enumerate(["one", "two"]):
         torch.manual_seed(seed)
         vae.VAE(8, (1, 2), 1, 4).save(root / name)
+    np.savez(root / "moments.npz", mu=np.zeros(3), sigma=np.eye(3), n=24)
     return root
 
 
 def test_the_command_measures_latent_spaces_paired(world, monkeypatch, capsys):
     command(monkeypatch, "--vae", world / "one", world / "two", "--data", world / "data", "--size", 16,
-            "--inception", "none", "--probe", "--micro", 7)
+            "--inception", "none", "--vgg", "none", "--probe", "--micro", 7)
     book = json.loads((world / "one" / "results.json").read_text())
     one, two = (book[str(world / name)]["value"] for name in ("one", "two"))
     names = {"psnr", "ssim", "ssim2", "sc_crop", "sc_flip_centred", "sc_all", "z_std", "kl", "probe_flat", "probe_mean"}
@@ -797,7 +831,7 @@ def test_the_command_crops_a_folder_to_one_size(quick, monkeypatch, tmp_path):
 
 
 def test_a_flat_folder_is_images_without_labels(world, monkeypatch, tmp_path):
-    command(monkeypatch, "--vae", world / "one", "--data", world / "data/a", "--size", 16, "--inception", "none",
+    command(monkeypatch, "--vae", world / "one", "--data", world / "data/a", "--size", 16, "--inception", "none", "--vgg", "none",
             "--out", tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())[str(world / "one")]["value"]["n"] == 12
 
@@ -805,7 +839,7 @@ def test_a_flat_folder_is_images_without_labels(world, monkeypatch, tmp_path):
 def test_the_same_weights_twice_differ_in_nothing_and_strengths_are_flags(world, monkeypatch, tmp_path):
     """Same images, noise and views for both; views that change nothing have a cosine of 1."""
     shutil.copytree(world / "one", tmp_path / "copy", ignore=shutil.ignore_patterns("results.json"))
-    command(monkeypatch, "--vae", world / "one", tmp_path / "copy", "--data", world / "data", "--size", 16, "--inception", "none",
+    command(monkeypatch, "--vae", world / "one", tmp_path / "copy", "--data", world / "data", "--size", 16, "--inception", "none", "--vgg", "none",
             "--crop-scale", 1, 1, "--crop-ratio", 1, 1, "--blur-kernel", 3, "--blur-sigma", 0.01, 0.01, "--out", tmp_path / "r.json")
     book = json.loads((tmp_path / "r.json").read_text())
     difference = book[str(tmp_path / "copy")]["value"]["difference"]
@@ -840,11 +874,12 @@ def test_the_command_takes_distances_in_dinov2s_features(world, monkeypatch, tmp
 @pytest.mark.parametrize("words, message", [
     ("{w}/data", "--ref"),
     ("--vae {w}/one", "--data"),
-    ("--vae {w}/one --data {w}/data --inception none --num 99", "holds 24 images, --num asks for 99"),
-    ("--vae {w}/one --data {w}/data/a --inception none --probe", "--probe needs one folder of images per class"),
-    ("--vae {w}/one --data {w}/data --inception none --size 15", "multiples of 2, not (15, 15); see --size"),
-    ("--vae {w}/none --data {w}/data --inception none", "none: no VAE here"),
+    ("--vae {w}/one --data {w}/data --inception none --vgg none --num 99", "holds 24 images, --num asks for 99"),
+    ("--vae {w}/one --data {w}/data/a --inception none --vgg none --probe", "--probe needs one folder of images per class"),
+    ("--vae {w}/one --data {w}/data --inception none --vgg none --size 15", "multiples of 2, not (15, 15); see --size"),
+    ("--vae {w}/none --data {w}/data --inception none --vgg none", "none: no VAE here"),
     ("{w}/data --ref {w}/data --num 23 --inception x.pth", "holds 24 images, --num asks for 23"),
+    ("{w}/moments.npz --ref {w}/data --num 23 --inception x.pth", "holds 24 images, --num asks for 23"),
     ("{w}/data --ref {w}/data --inception x.pth", "x.pth: no such file"),
     ("{w}/data --ref {w}/nothing", "nothing: no such file or folder of images"),
 ])
@@ -870,13 +905,15 @@ def test_distances_of_photographs_move_the_way_they_must(shared):
     order = fid.stratified(folder.labels, 0)
     half, other = (torch.stack([folder[i][0] for i in part]) for part in (order[:300], order[300:600]))
     reference = fid.measure(pooled, half, micro=10)
-    distance = lambda x: fid.evaluate(pooled, x, reference, micro=10)["fd"]
+    numbers = lambda x: fid.evaluate(pooled, x, reference, micro=10)
     normal = torch.randn(other.shape, generator=torch.Generator().manual_seed(0))
     noise = lambda s: (other + s * normal).clamp(0, 255).to(torch.uint8)
     blur = lambda s: torchvision.transforms.functional.gaussian_blur(other, 13, s)
     jpeg = lambda q: torch.stack([torchvision.io.decode_jpeg(torchvision.io.encode_jpeg(x, q)) for x in other])
-    floor = distance(other)
+    floor = numbers(other)
     for weak, strong in ((noise(10), noise(25)), (blur(1.0), blur(2.0)), (jpeg(50), jpeg(10))):
-        assert floor < distance(weak) < distance(strong)
+        weak, strong = numbers(weak), numbers(strong)
+        assert floor["fd"] < weak["fd"] < strong["fd"] and strong["precision"] < floor["precision"]
     kept = [i for i in order[300:] if folder.labels[i] >= 5][:300]
-    assert floor < distance(torch.stack([folder[i][0] for i in kept]))
+    half_of_the_classes = numbers(torch.stack([folder[i][0] for i in kept]))
+    assert floor["fd"] < half_of_the_classes["fd"] and half_of_the_classes["recall"] < floor["recall"]

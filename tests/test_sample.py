@@ -153,6 +153,12 @@ def test_a_vae_of_other_channels_than_the_network_paints_is_refused(chain, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_diffusions_network_is_not_sampled_as_a_flow(chain, tmp_path):
+    torch.save(sit.SiT("T", input_size=8, classes=10, process="dit").state_dict(), tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match="dit.pt: --sampler sde is not for a dit"):
+        call(S, f"--ckpt {tmp_path}/dit.pt --process dit --sampler sde --vae {chain.root}/vae --out {tmp_path}/out")
+
+
 def test_nothing_there_ends_in_one_line_with_what_to_do(tmp_path):
     for script, words in (("train_vae.py", []), ("train_sit.py", ["--model", "XL"]), ("sample.py", ["--cfg", "1.8"])):
         done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ)

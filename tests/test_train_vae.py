@@ -292,6 +292,7 @@ def test_one_bad_file_is_left_out_and_named(chain, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, says", [
     ("--data {}/nowhere", "nowhere: no images here"), ("--dino {}/none.pth", "none.pth"), ("--size 30", "--size 30"),
+    ("--perceptual 1 --vgg {}/none.pth", "none.pth"),
     ("--init {}/nothing", "nothing: no VAE here"), ("--batch 8 --micro 3", "--micro 3")])
 def test_what_is_missing_is_said_in_one_line_before_anything_long(chain, tmp_path, words, says):
     command = f"{chain.stage1} --steps 2 --out {tmp_path}/vae " + words.format(tmp_path)

@@ -442,6 +442,16 @@ def test_odd_images_are_read_and_bad_ones_named(tmp_path):
         V.Images(tmp_path / "nowhere", 32)
 
 
+def test_every_format_that_pillow_reads_is_an_image(tmp_path):
+    from PIL import Image
+    endings = "jpg jpeg jfif png apng bmp dib webp gif tif tiff ppm pgm pbm tga pcx sgi ico jp2 JPEG".split()
+    for i, ending in enumerate(endings):
+        Image.new("1" if ending == "pbm" else "L" if ending == "pgm" else "RGB", (16, 16)).save(tmp_path / f"{i}.{ending}")
+    (tmp_path / "notes.txt").write_text("no image")
+    images = V.Images(tmp_path, 16)
+    assert len(images) == len(endings) and all(images[i][0].shape == (3, 16, 16) for i in range(len(images)))
+
+
 def test_a_flat_folder_has_no_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     data = V.Images(tmp_path, 8)
