@@ -238,7 +238,7 @@ class VAE(nn.Module):
             folder, file, config = find_vae(source)
         state = diffusers_names(read(file))
         name = "the given state dict" if isinstance(file, dict) else str(file)
-        model = cls(**sizes(state, name), groups=config.get("norm_num_groups"))
+        model = cls(**sizes(state, name, config))
         load_state(model, state, name)
         model.folder = folder
         if folder is not None and (folder / "reals.json").is_file():
@@ -377,15 +377,28 @@ def find_vae(source):
     """(folder or None, weight file, config) of a VAE on disk: a file, a diffusers folder, or a run's folder with vae/ in it."""
     path = Path(source)
     if path.is_file():
-        config = path.parent / "config.json"
-        return path.parent, path, json.loads(config.read_text()) if config.is_file() else {}
+        return path.parent, path, read_config(path.parent)
     for folder in (path, path / "vae"):
         for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
             if (folder / name).is_file():
-                config = folder / "config.json"
-                return folder, folder / name, json.loads(config.read_text()) if config.is_file() else {}
+                return folder, folder / name, read_config(folder)
     raise FileNotFoundError(f"{source}: no VAE here: neither a weight file, nor a folder with diffusion_pytorch_model.safetensors, "
                             f"nor one of the public names {', '.join(PUBLIC)}; train_vae.py makes out/vae")
+
+
+def read_config(folder):
+    """What the folder's config.json says, {} without one; ValueError naming the file where it is no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    raw = path.read_bytes()
+    try:
+        config = json.loads(raw)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a readable JSON object (begins with {raw[:12]!r})")
+    return config
 
 
 def diffusers_names(state):
@@ -416,18 +429,27 @@ def diffusers_names(state):
     return out
 
 
-def sizes(state, name):
-    """The VAE's constructor arguments, read from tensors under diffusers' names."""
+def sizes(state, name, config):
+    """The VAE's constructor arguments, read from tensors under diffusers' names; the norm groups from the config."""
+    def rows(key):
+        if state[key].ndim != 4 or not len(state[key]):
+            raise ValueError(f"{name}: {key} is {tuple(state[key].shape)}, expected the 4 dimensions of a convolution")
+        return len(state[key])
+
     widths, blocks = [], 0
     while (key := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in state:
-        widths.append(state[key].shape[0])
+        widths.append(rows(key))
     while f"encoder.down_blocks.0.resnets.{blocks}.conv1.weight" in state:
         blocks += 1
     if not widths or "post_quant_conv.weight" not in state:
         missing = "post_quant_conv.weight" if widths else "encoder.down_blocks.0.resnets.0.conv1.weight"
         raise ValueError(f"{name}: not a KL autoencoder: no tensor {missing} (its first is {next(iter(state), 'none')})")
     mult = [w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths]
-    return {"ch": widths[0], "mult": mult, "blocks": blocks, "z_channels": state["post_quant_conv.weight"].shape[0]}
+    groups = config.get("norm_num_groups") or min(32, widths[0])
+    if not isinstance(groups, int) or groups < 1 or any(w % groups for w in widths):
+        raise ValueError(f"{name}: its widths {widths} are no multiples of {groups!r} norm groups (norm_num_groups in the "
+                         "config.json beside it)")
+    return {"ch": widths[0], "mult": mult, "blocks": blocks, "z_channels": rows("post_quant_conv.weight"), "groups": groups}
 
 
 def fingerprint(model):
@@ -481,9 +503,10 @@ def read(source):
         return read_safetensors(path)
     state = load_file(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors")
-    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    if not tensors or not all(isinstance(k, str) for k in tensors):
+        raise ValueError(f"{path}: holds no state dict of tensors by name")
+    return tensors
 
 
 def load_file(path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,11 +273,24 @@ def spoilt(kind, good, path):
     elif kind == "a key missing":
         path = path / "a.pth"
         torch.save({k: v for k, v in V.read(good).items() if k != "decoder.conv_out.bias"}, path)
+    elif kind == "no name":
+        path = path / "a.pth"
+        torch.save({0: torch.zeros(1)}, path)
+    elif kind in ("a scalar, in", "a scalar, out"):
+        path = path / "a.pth"
+        name = "post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
+        torch.save({**V.read(good), name: torch.zeros(())}, path)
+    elif "config" in kind:
+        shutil.copy(good, path)
+        config = {**json.loads((good.parent / "config.json").read_text()), "norm_num_groups": 7}
+        text = json.dumps([config] if "list" in kind else config)
+        (path / "config.json").write_text("<!DOCTYPE html>\n<html></html>" if "html" in kind else text)
     return path
 
 
 @pytest.mark.parametrize("kind", ["truncated safetensors", "offsets outside", "header longer than the file", "empty", "html",
-                                  "pickle that runs code", "truncated pth", "another network", "a key too many", "a key missing"])
+                                  "pickle that runs code", "truncated pth", "another network", "a key too many", "a key missing",
+                                  "no name", "a scalar, in", "a scalar, out", "html in config", "list in config", "groups in config"])
 def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     path = spoilt(kind, folder / "diffusion_pytorch_model.safetensors", tmp_path)
     with pytest.raises(ValueError) as e:
@@ -284,6 +298,10 @@ def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     assert path.name in str(e.value) and "\n" not in str(e.value)
     if "key" in kind:
         assert ("extra.weight" if "many" in kind else "decoder.conv_out.bias") in str(e.value)
+    if "scalar" in kind:
+        assert ("post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight") + " is ()" in str(e.value)
+    if "config" in kind:
+        assert "config.json" in str(e.value)
     assert not os.path.exists("/tmp/never-made-by-reals")
 
 
