@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 import vae as V
 from conftest import ROOT, relative
 
@@ -69,6 +70,24 @@ def test_equals_diffusers(small, folder, size):
         assert relative(a.mean, b.mean) < 1e-5 and relative(a.std, b.std) < 1e-5
         assert relative(a.kl(), b.kl()) < 1e-5
         assert relative(small.decode(z), theirs.decode(z).sample) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [dict(ch=16, mult=(1, 2, 4, 4)), dict(ch=16, mult=(1, 1, 2, 2, 4), z_channels=32),
+                                   dict(ch=16, mult=(1, 2), z_channels=8),
+                                   dict(ch=16, mult=(1, 3, 2), z_channels=16, blocks=1, groups=4)], ids=str)
+def test_other_widths_equal_diffusers(tmp_path, sizes):
+    """Both ways at relative 1e-5, every gain and bias drawn; and the folder gives back the sizes."""
+    from diffusers import AutoencoderKL
+    ours = drawn(V.VAE(**sizes), seed=3).eval()
+    ours.save(tmp_path)
+    theirs = AutoencoderKL.from_pretrained(tmp_path).eval()
+    x, z = images(2, 3, 64, 96), torch.randn(2, ours.z_channels, 64 // ours.f, 96 // ours.f, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        a, b = ours.encode(x), theirs.encode(x).latent_dist
+        assert relative(a.mean, b.mean) <= 1e-5 and relative(a.std, b.std) <= 1e-5
+        assert relative(ours.decode(z), theirs.decode(z).sample) <= 1e-5
+    again = V.VAE.load(tmp_path)
+    assert again.config == ours.config and V.fingerprint(again) == V.fingerprint(ours)
 
 
 def test_every_branch_matters(small):
@@ -193,6 +212,7 @@ LAYOUTS = {
     "old diffusers names": lambda s, p: torch.save(old_diffusers(s), p / "a.bin"),
     "old names, 4-D attention": lambda s, p: torch.save(
         {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in old_diffusers(s).items()}, p / "a.bin"),
+    "new names, 4-D attention": lambda s, p: torch.save({k: v[:, :, None, None] if v.ndim == 2 else v for k, v in s.items()}, p / "a.bin"),
     "compvis, bare": lambda s, p: torch.save(compvis(s, 3), p / "a.ckpt"),
     "compvis, state_dict and loss": lambda s, p: torch.save(
         {"epoch": 3, "state_dict": {**compvis(s, 3), "loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}}, p / "a.ckpt"),
@@ -305,17 +325,40 @@ def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     assert not os.path.exists("/tmp/never-made-by-reals")
 
 
-def test_offline_the_error_names_file_url_and_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("load, file, url", [
+    (lambda: V.VAE.load("sd-vae-ft-mse"), "sd-vae-ft-mse.safetensors", V.PUBLIC["sd-vae-ft-mse"][0]),
+    (lambda: V.VAE.load("sd-vae-ft-ema"), "sd-vae-ft-ema.safetensors", V.PUBLIC["sd-vae-ft-ema"][0]),
+    (fid.Inception.load, "pt_inception-2015-12-05-6726825d.pth", fid.PUBLIC["inception"][0]),
+    (fid.LPIPS.load, "vgg16-397923af.pth", fid.PUBLIC["vgg16"][0]),
+    (lambda: fid.LPIPS.load(fid.LPIPS([1] * 13).state_dict(), "lpips"), "lpips-v0.1-vgg.pth", fid.PUBLIC["lpips"][0])],
+    ids=["sd-vae-ft-mse", "sd-vae-ft-ema", "inception", "vgg16", "lpips"])
+def test_offline_the_error_names_file_url_and_folder(tmp_path, monkeypatch, load, file, url):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*a, **k):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(FileNotFoundError) as e:
-        V.VAE.load("sd-vae-ft-mse")
-    for part in ("sd-vae-ft-mse.safetensors", "https://", str(tmp_path / "checkpoints")):
+        load()
+    assert "\n" not in str(e.value) and url.startswith("https://")
+    for part in (file, url, str(tmp_path / "checkpoints"), "no route to host"):
         assert part in str(e.value)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_public_name_comes_from_the_hub_cache_and_is_asked_for_once(small, tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, hash_prefix=None, progress=True):
+        asked.append((url, path))
+        V.write_safetensors(small.state_dict(), V.Path(path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        loaded = V.VAE.load("sd-vae-ft-ema")
+        assert loaded.config == small.config and V.fingerprint(loaded) == V.fingerprint(small)
+    url = "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors"
+    assert asked == [(url, str(tmp_path / "checkpoints" / "sd-vae-ft-ema.safetensors"))]
 
 
 def test_a_cached_file_of_another_size_is_refused(tmp_path, monkeypatch):
