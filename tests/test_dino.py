@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import urllib.error
 
 import numpy as np
@@ -502,6 +503,37 @@ def test_a_mutant_of_the_segmentation_head_misses(heads, monkeypatch, double):
     assert seg_miss(heads, Segmenter.load(heads.state("seg")), torch.float64) >= 10 * 1e-10
 
 
+def neutralised(state, key):
+    """The state with one tensor made neutral: gains and variances 1, all else 0."""
+    one = key.endswith("running_var") or key.endswith("weight") and state[key].ndim == 1
+    return dict(state, **{key: torch.full_like(state[key], float(one))})
+
+
+@torch.no_grad()
+def test_every_tensor_of_the_segmentation_head_moves_its_logits_by_more_than_one_percent(heads):
+    """So that agreement on the golden weights means agreement of the whole head."""
+    state, x = heads.state("seg"), heads.input("seg.x").flatten(2).transpose(1, 2)
+    full = Segmenter.load(state)(x, 8, 8)
+    assert len(state) == 6
+    for key in state:
+        assert relative(Segmenter.load(neutralised(state, key))(x, 8, 8), full) > 0.01, key
+
+
+@torch.no_grad()
+def test_every_tensor_and_branch_of_the_depth_head_moves_its_outputs_by_more_than_one_percent(heads):
+    """As above, for points or mask: each tensor in turn, and with weight and bias each projection and residual branch."""
+    state, x = heads.state("moge"), heads.input("moge.112x112.f0").flatten(2).transpose(1, 2)
+    run = lambda state: Depth.load(state).points(x, 8, 112)
+    full = run(state)
+    moved = lambda state: max(relative(a, b) for a, b in zip(run(state), full))
+    for key in state:
+        assert moved(neutralised(state, key)) > 0.01, key
+    branches = [k.removesuffix(".weight") for k in state if re.search(r"projects\.\d\.weight|layers\.5\.weight", k)]
+    assert len(branches) == 4 + sum(isinstance(m, dino.Residual) for m in Depth.load(state).modules()) > 4
+    for name in branches:
+        assert moved(neutralised(neutralised(state, f"{name}.weight"), f"{name}.bias")) > 0.01, name
+
+
 def test_moges_head_has_the_public_parameter_count():
     with torch.device("meta"):
         assert sum(p.numel() for p in Depth().parameters()) == 9_805_380
@@ -569,6 +601,24 @@ def test_heads_are_found_in_every_public_layout(tmp_path, heads):
     for layout in (model, {"model_config": {"remap_output": "exp"}, "model": model}, Depth.load(bare).state_dict()):
         torch.save(layout, tmp_path / "model.pt")
         assert torch.equal(Depth.load(tmp_path / "model.pt")(patch, 8, 56), want)
+
+
+def test_a_public_head_of_ade20ks_150_classes_round_trips(tmp_path, double):
+    """A file as mmcv writes it: its batch norm and convolution, in the layout's own modules, give the logits of ours."""
+    bn, conv, k = nn.BatchNorm2d(64).eval(), nn.Conv2d(64, 150, 1), "decode_head."
+    for part, net in (("bn", bn), ("conv_seg", conv)):
+        net.load_state_dict({n: torch.from_numpy(gen(f"{k}{part}.{n}", tuple(v.shape))) if v.ndim else torch.tensor(9)
+                             for n, v in net.state_dict().items()})
+    state = {f"{k}{part}.{n}": v.float() if v.ndim else v
+             for part, net in (("bn", bn), ("conv_seg", conv)) for n, v in net.state_dict().items()}
+    meta = {"epoch": 1, "iter": 40000, "CLASSES": tuple(dino.ADE20K), "PALETTE": [[120, 120, 120]] * 150}
+    torch.save({"meta": meta, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "head.pth")
+    head, x = Segmenter.load(tmp_path / "head.pth"), noise(2, 64, 5, 7).double()
+    assert head.linear.weight.shape == (150, 64) and head.names == dino.ADE20K and len(set(head.colors)) == 150
+    logits = head(x.flatten(2).transpose(1, 2), (5, 7), (20, 28))
+    assert relative(logits, F.interpolate(conv(bn(x)), (20, 28), mode="bilinear")) < 1e-12
+    saved = {f"linear.{n}": v for n, v in head.linear.state_dict().items()}
+    refused(Segmenter.load, saved, "conv_seg.weight", "another network's file")         # folded is not that layout
 
 
 def refused(load, source, *words):
