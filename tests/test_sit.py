@@ -393,6 +393,22 @@ def test_repas_legacy_block_names_are_renamed():
     assert same(SiT.load(legacy, process="repa"), SiT.load(state, process="repa").state_dict())
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["names of today", "legacy names"])
+def test_repas_training_checkpoints_load_from_a_file(tmp_path, legacy):
+    """{model, ema, opt, args, steps} with the projector, which follows block 1, among the EMA's tensors."""
+    late = {f"blocks.{i}.": f"decoder_blocks.{i - 1}." for i in (1, 2, 3)} if legacy else {}
+    ema, other = (a_state(seed=seed, repa=(1, 24, 32)) for seed in (1, 2))
+    held, rest = ({k.replace(k[:9], late.get(k[:9], k[:9])): v for k, v in state.items()} for state in (ema, other))
+    assert ("decoder_blocks.2.attn.qkv.weight" in held) == legacy and "projectors.0.4.weight" in held
+    args = argparse.Namespace(model="SiT-XL/2", encoder_depth=8, proj_coeff=0.5, enc_type="dinov2-vit-b", legacy=legacy)
+    opt = {"state": {0: {"step": torch.tensor(4.)}}, "param_groups": [{"lr": 1e-4}]}
+    torch.save(dict(model=rest, ema=held, opt=opt, args=args, steps=4), tmp_path / "0400000.pt")
+    plain, full = (SiT.load(tmp_path / "0400000.pt", process="repa", repa=repa) for repa in (None, 1))
+    folded = {k: v.float() for k, v in sit.fold_repa(ema).items()}
+    assert same(full, folded) and full.repa_block == 1 and full.process == plain.process == "sit"
+    assert same(plain, {k: v for k, v in folded.items() if not k.startswith("projectors.")})
+
+
 def test_public_names_come_from_the_hub_cache_and_know_their_process(tmp_path, monkeypatch):
     asked = []
 
