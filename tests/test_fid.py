@@ -145,6 +145,24 @@ def test_a_wrong_inception_is_seen(inception, monkeypatch, output, mutate):
         assert relative(inception[1](images)[output], theirs) > 10 * 1e-5
 
 
+def test_every_branch_of_inception_moves_its_features_by_more_than_one_percent(inception, monkeypatch):
+    """Each branch of each block, pools and the halves of a fork too, and each convolution before the blocks: so that
+    agreement on these weights means agreement of every branch."""
+    images, net, walk, forward = pictures(1, seed=1), inception[1], fid.Mixed.walk, fid.Conv.forward
+    cuts = [(c, None) for c in net.children() if isinstance(c, fid.Conv)]
+    for block in (c for c in net.children() if isinstance(c, fid.Mixed)):
+        for branch in block.branches:
+            cuts += [(block, branch), *((block, [half]) for step in branch if isinstance(step, list) for half in step)]
+    assert len(cuts) == 5 + 3 * 4 + 3 + 4 * 4 + 3 + 2 * (4 + 4)
+    names = {module: name for name, module in net.named_modules()}
+    with torch.no_grad():
+        full = net(images)[:2]
+        for module, part in cuts:
+            monkeypatch.setattr(fid.Mixed, "walk", lambda self, steps, x: walk(self, steps, x) * (self is not module or steps != part))
+            monkeypatch.setattr(fid.Conv, "forward", lambda self, x: forward(self, x) * (self is not module))
+            assert max(relative(a, b) for a, b in zip(net(images), full)) > 0.01, (names[module], part)
+
+
 def test_a_bias_of_the_logits_is_seen(inception):
     images = pictures(2, seed=1)
     with torch.no_grad():
@@ -252,6 +270,21 @@ def test_a_wrong_lpips_is_seen(vgg, known, mutate):
     with torch.no_grad():
         mutate(net)
         assert relative(net(a, b), calibrated) > 10 * 1e-5
+
+
+@pytest.mark.parametrize("lin", [LIN, None], ids=["calibrated", "averaged"])
+def test_every_layer_of_lpips_moves_the_distance_by_more_than_one_percent(vgg, known, lin):
+    """So that agreement on these weights means agreement of all five."""
+    a, b, *_ = known[32]
+    net = fid.LPIPS.load(vgg, lin)
+    with torch.no_grad():
+        full = net(a, b)
+        for k in range(5):
+            kept = net.lin[f"lin{k}"].clone()
+            net.lin[f"lin{k}"].zero_()
+            assert relative(net(a, b), full) > 0.01, k
+            net.lin[f"lin{k}"].copy_(kept)
+        assert torch.equal(net(a, b), full)
 
 
 def test_lpips_stays_float32_under_autocast(vgg, known):
