@@ -126,7 +126,7 @@ def result(script, args):
         norm = args.norm or ("none" if "sd-vae" in args.vae else "max-min")
         assert (held["process"], held["normalizer"]["kind"], held["step"]) == (args.process, norm, args.steps)
     elif script == "sample.py":
-        assert Path(args.out, "samples.npz" if args.npz else "grid.png").is_file()
+        assert Path(args.out, "grid.png" if args.npz is None else "samples.npz").is_file()
         assert not args.tasks or Path(args.out, "tasks.png").is_file()
     elif script == "fid.py":
         book, names = json.loads(Path(args.out).read_text()), NUMBERS.get(Path(args.out).name, SAMPLES)
