@@ -8,7 +8,6 @@ consistency (Algorithm 1, Table 2), statistics (Table 10) and a linear probe.
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import platform
@@ -683,7 +682,7 @@ def results(name, value, args, run):
     source = Path((args.samples or args.vae)[0])
     path = Path(args.out) if args.out else (source if source.is_dir() else source.parent) / "results.json"
     if run.main:
-        book = json.loads(path.read_text()) if path.is_file() else {}
+        book = vae.read_json(path, {})
         device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         book[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": vars(args),

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 import vae as V
 from dino import Depth, Segmenter
-from sit import PUBLIC, Diffusion, Flow, Guided, SiT
+from sit import Diffusion, Flow, Guided, SiT
 
 
 def flags():

@@ -8,7 +8,6 @@ field, and each process refuses the other's model. The null label is `classes`; 
 import argparse
 import math
 import re
-import zipfile
 from pathlib import Path
 
 import torch

@@ -8,7 +8,6 @@ label drop are drawn anew at each step. --out holds ckpt.pt to go on from, and N
 """
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +132,7 @@ def printed_stats(args, vae):
     """The latent statistics that --stats or the VAE's folder holds, or None: then they are measured."""
     if args.stats == "paper":
         return V.PAPER
-    return json.loads(Path(args.stats).read_text()) if args.stats else vae.info.get("latents")
+    return V.read_json(args.stats) if args.stats else vae.info.get("latents")
 
 
 def normalizer(args, run, stats, cache):

@@ -241,8 +241,8 @@ class VAE(nn.Module):
         model = cls(**sizes(state, name, config))
         load_state(model, state, name)
         model.folder = folder
-        if folder is not None and (folder / "reals.json").is_file():
-            model.info = json.loads((folder / "reals.json").read_text())
+        if folder is not None:
+            model.info = read_json(folder / "reals.json", {})
         return model.eval()
 
     def save(self, folder, align=None, info=None):
@@ -299,8 +299,8 @@ class Align(nn.Module):
                                     "features; fit the two MLPs with train_vae.py --train align --init THIS_VAE")
         state = read(file)
         linears = [v for k, v in state.items() if k.startswith("patch.") and k.endswith("weight")]   # in the order of the layers
-        if not linears:
-            raise ValueError(f"{file}: holds no patch.0.weight, so it is no pair of alignment MLPs")
+        if not linears or any(v.ndim != 2 for v in linears):
+            raise ValueError(f"{file}: holds no patch.0.weight of two dimensions, so it is no pair of alignment MLPs")
         model = cls(linears[0].shape[1], linears[-1].shape[0], len(linears), linears[0].shape[0])
         load_state(model, state, str(file))
         return model.eval()
@@ -377,28 +377,28 @@ def find_vae(source):
     """(folder or None, weight file, config) of a VAE on disk: a file, a diffusers folder, or a run's folder with vae/ in it."""
     path = Path(source)
     if path.is_file():
-        return path.parent, path, read_config(path.parent)
+        return path.parent, path, read_json(path.parent / "config.json", {})
     for folder in (path, path / "vae"):
         for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
             if (folder / name).is_file():
-                return folder, folder / name, read_config(folder)
+                return folder, folder / name, read_json(folder / "config.json", {})
     raise FileNotFoundError(f"{source}: no VAE here: neither a weight file, nor a folder with diffusion_pytorch_model.safetensors, "
                             f"nor one of the public names {', '.join(PUBLIC)}; train_vae.py makes out/vae")
 
 
-def read_config(folder):
-    """What the folder's config.json says, {} without one; ValueError naming the file where it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
+def read_json(path, default=None):
+    """The object in a JSON file, or `default` in place of a missing one; ValueError naming the file where it holds anything else."""
+    path = Path(path)
+    if default is not None and not path.is_file():
+        return default
     raw = path.read_bytes()
     try:
-        config = json.loads(raw)
+        found = json.loads(raw)
     except ValueError:
-        config = None
-    if not isinstance(config, dict):
+        found = None
+    if not isinstance(found, dict):
         raise ValueError(f"{path}: not a readable JSON object (begins with {raw[:12]!r})")
-    return config
+    return found
 
 
 def diffusers_names(state):

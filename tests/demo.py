@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import fid
 import nets
 import shapes
 import vae as V

@@ -1,7 +1,6 @@
 """dino.py against the public code's numbers (golden/), transformers, timm, and files of every wrong kind."""
 import argparse
 import copy
-import math
 import os
 import pickle
 import re

@@ -5,10 +5,8 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -305,12 +303,16 @@ def spoilt(kind, good, path):
         config = {**json.loads((good.parent / "config.json").read_text()), "norm_num_groups": 7}
         text = json.dumps([config] if "list" in kind else config)
         (path / "config.json").write_text("<!DOCTYPE html>\n<html></html>" if "html" in kind else text)
+    elif kind == "html in reals":
+        shutil.copytree(good.parent, path, dirs_exist_ok=True)
+        (path / "reals.json").write_text("<!DOCTYPE html>\n<html></html>")
     return path
 
 
 @pytest.mark.parametrize("kind", ["truncated safetensors", "offsets outside", "header longer than the file", "empty", "html",
                                   "pickle that runs code", "truncated pth", "another network", "a key too many", "a key missing",
-                                  "no name", "a scalar, in", "a scalar, out", "html in config", "list in config", "groups in config"])
+                                  "no name", "a scalar, in", "a scalar, out", "html in config", "list in config", "groups in config",
+                                  "html in reals"])
 def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     path = spoilt(kind, folder / "diffusion_pytorch_model.safetensors", tmp_path)
     with pytest.raises(ValueError) as e:
@@ -320,8 +322,8 @@ def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
         assert ("extra.weight" if "many" in kind else "decoder.conv_out.bias") in str(e.value)
     if "scalar" in kind:
         assert ("post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight") + " is ()" in str(e.value)
-    if "config" in kind:
-        assert "config.json" in str(e.value)
+    if "config" in kind or "reals" in kind:
+        assert f"{kind.split()[-1]}.json" in str(e.value)
     assert not os.path.exists("/tmp/never-made-by-reals")
 
 
