@@ -158,12 +158,17 @@ class Inception(nn.Module):
         """The network with the weights of a file in pytorch-fid's and torch-fidelity's layout, or of the public one."""
         net = cls()
         vae.load_state(net, *weights(source))
-        return net.eval().requires_grad_(False)
+        order = torch.preserve_format if torch.cuda.is_available() else torch.channels_last   # CPU: 1.5 times as fast
+        return net.eval().requires_grad_(False).to(memory_format=order)
 
     def forward(self, x):
         """uint8 [B,3,H,W] -> pool [B,2048] (FID), spatial [B,2023] (sFID), probs [B,1008] (IS; logits without bias)."""
         if x.dtype != torch.uint8:
             raise ValueError(f"Inception takes uint8 images [B,3,H,W], not {x.dtype} {tuple(x.shape)}")
+        parts = x.split(8) if x.device.type == "cpu" else [x]     # few images at once stay in a CPU's caches: 1.5 times again
+        return tuple(map(torch.cat, zip(*map(self.look, parts))))
+
+    def look(self, x):
         x = (resize_tf1(x.to(self.fc.weight.dtype), 299) - 128) / 128                # [B, 3, 299, 299]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))            # [B, 64, 147, 147]
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["halve"](x)))                # [B, 192, 71, 71]
@@ -417,10 +422,17 @@ class Statistics:
     def __init__(self, name, space="", n=None, labels=None, keep=False):
         self.name, self.space, self.n, self.keep = name, space, n, keep
         self.labels = None if labels is None else torch.as_tensor(labels).cpu()
-        self.moments, self.score, self.accuracy, self.features, self.sums = [], None, None, None, {}
+        self.moments, self.score, self.accuracy, self.features, self.sums, self.held = [], None, None, None, {}, {}
 
     def tally(self, key, value):
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.clone()
+
+    def outer(self, k, least=1):
+        """Adds f^T f of the held rows f of feature set k, once there are `least` of them: fewer passes over a large matrix."""
+        if sum(map(len, self.held[k])) >= least:
+            f, key = torch.cat(self.held[k]), f"outer{k}"
+            self.sums[key] = self.sums[key].addmm_(f.T, f) if key in self.sums else f.T @ f
+            self.held[k] = []
 
     def add(self, places, outputs):
         """A batch: where its images stand in the set [B], and what the network made of them: (features [B,D], probs
@@ -432,7 +444,8 @@ class Statistics:
                 raise ValueError(f"{self.name}: the network's features are not finite")
             f = f.double()
             self.tally(f"sum{k}", f.sum(0))
-            self.tally(f"outer{k}", f.T @ f)
+            self.held.setdefault(k, []).append(f)
+            self.outer(k, 256)
         if self.keep:
             if self.features is None:
                 self.features = sets[0].new_zeros(self.n, sets[0].shape[1])
@@ -443,7 +456,9 @@ class Statistics:
                 self.tally("right", (probs.argmax(1).cpu() == self.labels[places]).sum())
 
     def finish(self, run):
-        total = {key: run.sum(value) for key, value in self.sums.items()}
+        for k in self.held:
+            self.outer(k)
+        total = {key: run.sum(self.sums[key]) for key in sorted(self.sums)}   # in one order on all ranks
         if total["count"] != self.n or self.n < 2:
             raise ValueError(f"{self.name}: {total['count']} of {self.n} images; statistics need all, and two at least")
         for k in range(sum(key.startswith("outer") for key in total)):
