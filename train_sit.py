@@ -8,6 +8,7 @@ label drop are drawn anew at each step. --out holds ckpt.pt to go on from, and N
 """
 import argparse
 import copy
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,9 @@ class Cache(torch.utils.data.Dataset):
     """Posterior moments of all images and their mirror images: one memory map, fp16 [N, 2, 2C, h, w] (mean, log variance;
     [N, 1, ...] without flips). [i, flip] -> mean, logvar [C,h,w] float32. Opened by each loader process for itself."""
 
-    def __init__(self, folder, shape, labels, meta):
-        self.file, self.shape, self.labels, self.meta, self.map = folder / "moments.npy", shape, labels, meta, None
+    def __init__(self, folder, shape, meta):
+        self.file, self.shape, self.meta, self.map = folder / "moments.npy", shape, meta, None
+        self.labels = np.load(folder / "labels.npy")
 
     def __len__(self):
         return self.shape[0]
@@ -83,7 +85,7 @@ class Cache(torch.utils.data.Dataset):
 
 
 class Chunks(torch.utils.data.Dataset):
-    """A range of indices -> (the first one, its images uint8 [B,3,S,S], the paths of unreadable files)."""
+    """A range of indices -> (the first one, its images uint8 [B,3,S,S], labels [B], the paths of unreadable files)."""
 
     def __init__(self, images, ranges):
         self.images, self.ranges = images, ranges
@@ -93,7 +95,8 @@ class Chunks(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         items = [self.images.near(i) for i in self.ranges[k]]
-        return self.ranges[k][0], torch.stack([x for x, _, _ in items]), [self.images.paths[i] for _, _, bad in items for i in bad]
+        x, labels, bad = zip(*items)
+        return self.ranges[k][0], torch.stack(x), np.array(labels), [self.images.paths[i] for part in bad for i in part]
 
 
 def open_cache(args, run, net, images, chunk=64):
@@ -103,24 +106,28 @@ def open_cache(args, run, net, images, chunk=64):
     shape = (len(images), flips, 2 * net.z_channels, side, side)
     meta = {"vae": V.fingerprint(net), "data": images.fingerprint, "size": args.size, "shape": shape, "classes": images.classes}
     folder = Path(args.cache or f"out/latents/{meta['vae'][:8]}-{meta['data'][:8]}-{args.size}-{flips}")
-    store = V.Store(run, folder, {"moments": (np.float16, shape)}, meta, "--cache")
+    store = V.Store(run, folder, {"moments": (np.float16, shape), "labels": (np.int64, shape[:1])}, meta, "--cache")
     todo = store.todo(run, chunk)
     if not store.done.all():
         encode(args, run, net, images, store, todo, flips)
         run.unlock()
-    return Cache(folder, shape, images.labels, meta)
+    return Cache(folder, shape, meta)
 
 
 def encode(args, run, net, images, store, todo, flips):
     """Fills this rank's ranges of the cache."""
     loader = torch.utils.data.DataLoader(Chunks(images, todo), batch_size=None, num_workers=args.workers, worker_init_fn=V.deaf)
+    start, blank = time.time(), torch.zeros(len(todo[0]) if todo else 1, 3, args.size, args.size, device=run.device)
+    with torch.no_grad():
+        net.encode(blank).mean.cpu()
+    run.print(f"encoding: about {(time.time() - start) * flips * len(todo) / 60:.1f} minutes")
     bar = run.bar(len(images), "encoding", initial=int(store.done.sum()))
-    for first, x, bad in loader:
+    for first, x, labels, bad in loader:
         x = V.from_uint8(x.to(run.device))
         with torch.no_grad():
             views = [net.encode(v) for v in (x, x.flip(-1))[:flips]]
         moments = torch.stack([torch.cat([q.mean, q.logvar], 1) for q in views], 1)      # [B, 2, 2C, h, w]
-        store.put(first, moments=moments.half().cpu().numpy())
+        store.put(first, moments=moments.half().cpu().numpy(), labels=labels)
         bar.update(len(x) * run.world)
         for path in bad:
             tqdm.write(f"{path} is not readable; the image after it takes its place")
@@ -221,8 +228,7 @@ def train_step(args, step, batches, model, net, objective, optimizer, bins):
         for k, v in {"loss": loss, **({} if repa is None else {"repa": repa})}.items():
             seen[k] = seen.get(k, 0) + v.detach().mean() / args.accumulate
     optimizer.param_groups[0]["lr"] = V.learning_rate(args, step)
-    seen["grad norm"] = V.update(optimizer, net, args.clip, step)
-    optimizer.zero_grad(set_to_none=True)
+    [seen["grad norm"]] = V.update([(optimizer, net)], args.clip, step)
     return seen
 
 
@@ -236,12 +242,16 @@ def follow(ema, net, decay):
 def sample_grid(args, ema, norm, decoder, device, path, n=16):
     """A PNG of n images from the EMA, at noise and labels that never change: 32 steps, guidance 2."""
     s = ema.settings
-    noise = torch.stack([V.normal((s["channels"], s["input_size"], s["input_size"]), args.seed, "sample", i) for i in range(n)])
+
+    def draw(purpose, *k):
+        shape = (s["channels"], s["input_size"], s["input_size"])
+        return torch.stack([V.normal(shape, args.seed, purpose, i, *k) for i in range(n)]).to(device, ema.pos_embed.dtype)
+
     y = torch.arange(n, device=device) % max(s["classes"], 1)
     guided = Guided(ema, 2.0 if s["classes"] else 1.0)
-    how = {"sampler": "euler"} if s["process"] == "sit" else {}
+    how = {"sampler": "euler"} if s["process"] == "sit" else {"draw": lambda k: draw("step", k)}
     process = Flow() if s["process"] == "sit" else Diffusion()
-    z = norm.decode(process.sample(guided, noise.to(device, ema.pos_embed.dtype), y, steps=32, **how))
+    z = norm.decode(process.sample(guided, draw("sample"), y, steps=32, **how))
     with V.atomic(path) as f:
         V.grid(V.to_uint8(decoder.decode(z.to(device, torch.float32))), columns=8).save(f, "PNG")
 
@@ -342,7 +352,8 @@ def main():
         done, stop = step + 1, run.stopping()
         if done % args.log_every == 0 or done == args.steps:
             loss, count = run.sum(bins)
-            log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=(loss / count.clamp_min(1)).tolist())
+            line = log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=(loss / count.clamp_min(1)).tolist())
+            bar.set_postfix({"MFU": f"{line['MFU']:.0%}"} if "MFU" in line else {})
             bins.zero_()
         if run.main and (done % args.picture_every == 0 or done == args.steps):
             sample_grid(args, ema, norm, vae, run.device, Path(args.out) / "pictures" / f"{done:07d}.png")

@@ -48,6 +48,8 @@ def flags():
     args = p.parse_args()
     if args.train == "align":
         args.gan = args.perceptual = args.kl = 0.0
+    if args.train == "align" and (args.features == "none" or args.align == 0):
+        p.error("--train align trains the alignment MLPs alone: it needs --features and --align")
     if args.features == "none" or args.align == 0:
         args.features, args.align = "none", 0.0
     return args
@@ -232,21 +234,23 @@ def build(args, run):
 
 
 def resume(args, run, stage1, disc, optimizers, images):
-    """The step to go on from; weights and optimisers are filled from --out/ckpt.pt if it is there."""
+    """The step to go on from, and the unreadable files met before it; weights and optimisers are filled from --out/ckpt.pt if
+    it is there."""
     ckpt = V.checkpoint_of(run, args.out, vars(args), {"data": images.fingerprint})
     if ckpt is None:
-        return 0
+        return 0, []
     stage1.load_state_dict(ckpt["model"])
     if disc is not None:
         disc.load_state_dict(ckpt["disc"])
     for optimizer, state in zip(optimizers, ckpt["optimizers"]):
         optimizer.load_state_dict(state)
-    return ckpt["step"]
+    return ckpt["step"], ckpt["bad"]
 
 
-def checkpoint(args, run, step, stage1, disc, optimizers, images):
+def checkpoint(args, run, step, stage1, disc, optimizers, images, bad):
+    bad = sorted({i for part in run.all(bad) for i in part})
     if run.main:
-        V.save({"step": step, "settings": vars(args), "data": images.fingerprint, "classes": images.classes,
+        V.save({"step": step, "settings": vars(args), "data": images.fingerprint, "classes": images.classes, "bad": bad,
                 "model": stage1.state_dict(), "disc": None if disc is None else disc.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers]}, Path(args.out) / "ckpt.pt")
     run.barrier()
@@ -276,18 +280,17 @@ def train_step(args, step, batches, model, disc, losses, optimizers):
         for k, v in terms.items():
             seen[k] = seen.get(k, 0) + v.detach() / args.accumulate
         bad += unread
-    for optimizer, net in zip(optimizers, (model, disc)):
+    for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = V.learning_rate(args, step)
-        norm = V.update(optimizer, net, args.clip, step)
-        seen["grad norm" if net is model else "disc grad norm"] = norm
-        optimizer.zero_grad(set_to_none=True)
+    seen |= zip(("grad norm", "disc grad norm"), V.update(list(zip(optimizers, (model, disc))), args.clip, step))
     return seen, bad
 
 
 def finish(args, run, stage1, losses, images, bad):
     """The folder that stage 2, metrics and other people need, and what to run next."""
     stats = latent_statistics(stage1, losses, images, args, run)
-    info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats, "features": args.features, "kl": args.kl,
+    info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats, "features": args.features,
+            "kl": None if stage1.frozen else args.kl,
             "align": None if stage1.align is None else stage1.align.config,
             "dino": args.dino if args.align else None, "dino_sha256": V.fingerprint(losses.dino) if args.align and run.main else None}
     if run.main:
@@ -295,7 +298,7 @@ def finish(args, run, stage1, losses, images, bad):
     run.barrier()
     left_out = sorted({i for part in run.all(bad) for i in part})
     if left_out:
-        run.print(f"{len(left_out)} unreadable files were left out: " + ", ".join(images.paths[i] for i in left_out[:20]))
+        run.print(f"{len(left_out)} unreadable files were left out: " + ", ".join(images.paths[i] for i in left_out))
     run.print(f"latents: mean {stats['mean']:.4f}  std {stats['std']:.4f}  min {stats['min']:.3f}  max {stats['max']:.3f}\n"
               f"wrote {args.out}/vae; next:\n"
               f"  python fid.py --vae {args.out} --data {args.val} --size {args.size}      # Tables 2, 8 and 10\n"
@@ -317,24 +320,24 @@ def main():
     optimizers = [torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=fused)]
     if disc is not None:
         optimizers.append(torch.optim.AdamW(disc.parameters(), args.lr, (0.5, 0.9), weight_decay=0, fused=fused))
-    start = resume(args, run, stage1, disc, optimizers, images)
+    start, bad = resume(args, run, stage1, disc, optimizers, images)
     if start == args.steps and (Path(args.out) / "vae" / "reals.json").is_file():
         return run.print(f"{args.out} is finished")
 
     losses = Losses(args, run, dino, lpips, disc, args.size // stage1.vae.f)
     if args.compile:
         for net in filter(None, (stage1, dino, lpips, disc)):
-            net.compile()
+            net.compile(dynamic=False)                    # shapes are few and fixed
     model, critic = run.parallel(stage1), run.parallel(disc)
     shape = (stage1.vae.z_channels, losses.grid, losses.grid)
     batches = V.loader(Draws(images, shape, args), run, args, start)
     watched = V.rng(args.seed, "subset", 1).permutation(len(val))[:8]
-    watched = V.from_uint8(torch.stack([val[i][0] for i in watched])).to(run.device, losses.dtype)
+    watched = V.from_uint8(torch.stack([val.near(int(i))[0] for i in watched])).to(run.device, losses.dtype)
 
     run.print(f"{len(images):,} images, {sum(p.numel() for p in trained):,} parameters, {args.steps:,} steps of {args.batch}, "
               f"{run.world} process(es), {args.dtype} on {run.device.type}")
     run.catch_stop()
-    bar, log, bad = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args), []
+    bar, log = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args)
     for step in range(start, args.steps):
         seen, unread = train_step(args, step, batches, model, critic, losses, optimizers)
         log.add(seen)
@@ -346,7 +349,7 @@ def main():
         if run.main and (done % args.picture_every == 0 or done == args.steps):
             picture(stage1, losses, watched, Path(args.out) / "pictures" / f"{done:07d}.png")
         if done % args.save_every == 0 or done == args.steps or stop:
-            checkpoint(args, run, done, stage1, disc, optimizers, images)
+            checkpoint(args, run, done, stage1, disc, optimizers, images, bad)
         if stop:
             run.leave(done)
     bar.close()

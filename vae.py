@@ -641,10 +641,12 @@ class Images(torch.utils.data.Dataset):
             with Image.open(path) as image:
                 if image.mode.startswith("I"):  # 16-bit gray: pillow's own conversion would clip it to white
                     image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+                if max(image.size) > 100 * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels: no picture has such a shape")
                 image = image.convert("RGB")
+            image = image if self.size is None else center_crop(image, self.size)
         except Exception as e:
             raise ValueError(f"{path}: not a readable image ({e})") from None
-        image = image if self.size is None else center_crop(image, self.size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
 
     def near(self, i):
@@ -986,15 +988,17 @@ def learning_rate(args, step):
     return args.lr * scale
 
 
-def update(optimizer, model, clip, step):
-    """One optimiser step, and the gradient's norm, clipped to `clip` if that is not 0. A gradient that is not finite never
-    reaches the weights: ArithmeticError (gradients are equal on all ranks, so all of them stop)."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    if not torch.isfinite(norm):
+def update(pairs, clip, step):
+    """One step of each (optimiser, model) and the norms of their gradients, clipped to `clip` if that is not 0. A gradient that
+    is not finite never reaches any weights: ArithmeticError (gradients are equal on all ranks, so all of them stop)."""
+    norms = [nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf) for _, model in pairs]
+    if not torch.isfinite(torch.stack(norms)).all():
         raise ArithmeticError(f"step {step}: the gradient is not finite; the weights were left as they were. "
                               "The last checkpoint is whole; a lower --lr, --clip 1 or --dtype fp32 may help")
-    optimizer.step()
-    return norm
+    for optimizer, _ in pairs:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def deaf(worker):

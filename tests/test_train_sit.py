@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import shapes
 import sit
 import train_sit as T
 import vae as V
@@ -59,10 +60,12 @@ def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_
     T.open_cache(half, V.Run(), vae, data, chunk=16)
     assert (whole / "moments.npy").read_bytes() == (tmp_path / "half/moments.npy").read_bytes()
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    T.open_cache(args_of(chain, f"--cache {one}"), V.Run(), vae, data)
-    run_two("train_sit.py", f"{chain.stage2} --steps 1 --out {tmp_path}/sit --cache {two}")
-    assert (one / "moments.npy").read_bytes() == (two / "moments.npy").read_bytes()
+    one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "data"
+    shapes.write(more, 150, 32, 3)                          # three chunks of 64: two for the first process, one for the second
+    T.open_cache(args_of(chain, f"--cache {one}"), V.Run(), vae, V.Images(more, 32))
+    run_two("train_sit.py", f"{chain.stage2} --data {more} --steps 1 --out {tmp_path}/sit --cache {two}")
+    for file in ("moments.npy", "labels.npy"):
+        assert (one / file).read_bytes() == (two / file).read_bytes()
 
 
 def test_a_changed_vae_or_folder_is_refused(chain, tmp_path):
@@ -155,10 +158,10 @@ def test_a_checkpoint_tells_a_reader_all_it_needs(chain):
 def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
     update = V.update
 
-    def killed(optimizer, net, clip, step):
+    def killed(pairs, clip, step):
         if step == 5:
             raise RuntimeError("power cut")
-        return update(optimizer, net, clip, step)
+        return update(pairs, clip, step)
     monkeypatch.setattr(V, "update", killed)
     command = f"{chain.stage2} --steps 6 --keep 3 --out {tmp_path}/sit"
     with pytest.raises(RuntimeError):

@@ -172,10 +172,10 @@ def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
     command = f"{chain.stage1} --steps 4 --out {tmp_path}/vae"
     update = V.update
 
-    def killed(optimizer, net, clip, step):
+    def killed(pairs, clip, step):
         if step == 3:
             raise RuntimeError("power cut")
-        return update(optimizer, net, clip, step)
+        return update(pairs, clip, step)
     monkeypatch.setattr(V, "update", killed)
     with pytest.raises(RuntimeError):
         call(T, command)

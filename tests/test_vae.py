@@ -563,10 +563,13 @@ def test_a_folder_is_one_runs_alone(tmp_path):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     net = torch.nn.Linear(2, 2)
     before, optimizer = net.weight.clone(), torch.optim.AdamW(net.parameters(), 1.0)
+    fine = torch.nn.Linear(2, 2)
+    kept, healthy = fine.weight.clone(), torch.optim.AdamW(fine.parameters(), 1.0)
     (net(torch.ones(1, 2)).sum() * math.inf).backward()
+    fine(torch.ones(1, 2)).sum().backward()
     with pytest.raises(ArithmeticError, match="step 7"):
-        V.update(optimizer, net, 0, 7)
-    assert torch.equal(net.weight, before)
+        V.update([(healthy, fine), (optimizer, net)], 0, 7)
+    assert torch.equal(net.weight, before) and torch.equal(fine.weight, kept)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
