@@ -219,7 +219,7 @@ def main():
               "latents": (np.float32, (args.num, s["channels"], s["input_size"], s["input_size"]))}
     store = V.Store(run, args.out, arrays, made_of, "--out")
     if run.device.type == "cuda" and args.num >= 1000:
-        model.compile()
+        model.compile(dynamic=False)                      # two or three sizes of batch
     choice = "given in turn" if args.classes else args.labels
     guide = f"cfg {args.cfg} in {args.interval}, {args.cfg_channels or 'all'} channels" if args.cfg != 1 else "no guidance"
     run.print(f"{args.num:,} images, labels {choice}, {args.sampler} {args.steps} steps, {guide}, {args.dtype} on {run.device.type}")

@@ -221,21 +221,19 @@ def untrained(images):
 
 
 def foreign(path, images, labels):
-    """SqueezeNet of a python file -> pooled features, and the ten imagenette classes with each class's mean logit over the
-    given real pictures subtracted, because it leans to some of them in small pictures."""
+    """SqueezeNet of a python file -> pooled features at its own 224 px, and the ten imagenette classes at 160 px, which names
+    small, soft pictures better, with each class's mean logit over the given real pictures subtracted: it leans to some."""
     spec = importlib.util.spec_from_file_location("judge", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    net, ten = module.SqueezeNet(), list(module.IMAGENETTE.values())
+    net, namer, ten = module.SqueezeNet(), module.SqueezeNet(size=160), list(module.IMAGENETTE.values())
 
-    def see(x):
-        pooled, logits = (torch.cat(v) for v in zip(*(net(V.from_uint8(part)) for part in x.split(5))))
-        return pooled, logits[:, ten]
-    mean = torch.cat([see(x)[1] for x in tqdm(images.split(50), "class means", mininterval=20)]).mean(0)
+    def logits(x):
+        return torch.cat([namer(V.from_uint8(part))[1] for part in x.split(5)])[:, ten]
+    mean = torch.cat([logits(x) for x in tqdm(images.split(50), "class means", mininterval=20)]).mean(0)
 
     def judge(x):
-        pooled, logits = see(x)
-        return pooled, (logits - mean).softmax(1)
+        return torch.cat([net(V.from_uint8(part))[0] for part in x.split(5)]), (logits(x) - mean).softmax(1)
     right = torch.cat([judge(x)[1].argmax(1) for x in images[:500].split(50)]) == labels[:500]
     print(f"{path}: names {right.float().mean():.1%} of real pictures of this size right")
     return judge
