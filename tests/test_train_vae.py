@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import shapes
 import train_vae as T
 import vae as V
 from conftest import ROOT, call, relative
+from fid import LPIPS
 
 
 def tensors(*shape, n=2, seed=0):
@@ -94,13 +97,18 @@ class Teacher(torch.nn.Module):
         return torch.ones(len(x), grid * grid, 6) * self.weight, torch.ones(len(x), 6) * self.weight
 
 
-def losses(features="both", disc=None):
+def losses(features="both", disc=None, lpips=None, dtype="fp32"):
     args = Args()
-    args.features = features
+    args.features, args.dtype = features, dtype
     run, dino = V.Run(), Teacher()
     torch.manual_seed(0)
     stage1 = T.Stage1(V.VAE(16, (1, 2), 1), V.Align(4, 6), False)
-    return stage1, dino, T.Losses(args, run, dino, None, disc, 16)
+    return stage1, dino, T.Losses(args, run, dino, lpips, disc, 16)
+
+
+def thin_lpips():
+    torch.manual_seed(1)
+    return LPIPS([4] * 13).eval().requires_grad_(False)
 
 
 def grads(module):
@@ -108,17 +116,18 @@ def grads(module):
 
 
 def test_gradients_reach_what_they_must_and_nothing_else():
-    disc = T.PatchGAN(8)
-    stage1, dino, loss = losses(disc=disc)
+    disc, lpips = T.PatchGAN(8), thin_lpips()
+    stage1, dino, loss = losses(disc=disc, lpips=lpips)
     x, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 16, 16)
     terms, recon, _ = loss(stage1, x, noise)
     expect = {  # term: (encoder, decoder, alignment heads)
-        "mse": (True, True, False), "kl": (True, False, False), "gan": (True, True, False), "align": (True, False, True)}
+        "mse": (True, True, False), "kl": (True, False, False), "gan": (True, True, False), "lpips": (True, True, False),
+        "align": (True, False, True)}
     for name, reached in expect.items():
         stage1.zero_grad()
         terms[name].backward(retain_graph=True)
         assert tuple(g > 0 for g in map(grads, (stage1.vae.encoder, stage1.vae.decoder, stage1.align))) == reached, name
-        assert grads(disc) == 0 and grads(dino) == 0
+        assert grads(disc) == grads(dino) == grads(lpips) == 0
     assert dino.grad_was_on is False
     T.hinge(disc(x), disc(recon.detach())).backward()
     before = grads(stage1)
@@ -142,6 +151,44 @@ def test_terms_are_the_textbook_ones():
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(q.mean, q.std), normal(0.0, 1.0)).sum((1, 2, 3)).mean()
     assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
+
+
+def test_the_generators_terms_are_the_networks_own_words():
+    disc, net = T.PatchGAN(8), thin_lpips()
+    stage1, _, loss = losses(disc=disc, lpips=net)
+    x, noise = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 4, 16, 16)
+    terms, recon, _ = loss(stage1, x, noise)
+    apart = sum(net(recon[i:i + 1], x[i:i + 1]).item() for i in range(3)) / 3
+    assert terms["lpips"].item() == pytest.approx(apart, rel=1e-5) and apart > 1e-4
+    assert terms["gan"].item() == pytest.approx(-disc(recon).mean().item(), rel=1e-5)
+    assert all(p.requires_grad for p in disc.parameters())
+
+
+def test_under_bf16_every_loss_is_counted_in_float32():
+    """The networks of Stage1 compute in bf16, near the float32 terms; discriminator, LPIPS and KL see float32 alone."""
+    disc, net, seen = T.PatchGAN(8), thin_lpips(), []
+    for m in (disc.main[0], net.features[0]):
+        m.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
+    x, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 16, 16)
+    full, half = ({k: v for k, v in loss(stage1, x, noise)[0].items()} for stage1, _, loss in
+                  (losses(disc=disc, lpips=net, dtype=dtype) for dtype in ("fp32", "bf16")))
+    assert len(seen) == 6 and all(a == b == torch.float32 for a, b in seen)
+    assert all(v.dtype == torch.float32 for v in half.values())
+    apart = {k: abs(half[k] - full[k]).item() / abs(full[k]).item() for k in full}
+    assert max(apart.values()) < 0.05 and apart["mse"] > 1e-6, apart
+
+
+def test_the_generator_hears_the_discriminator_from_gan_start_on():
+    for step, weight in ((1, 0.0), (2, 0.7)):
+        disc = T.PatchGAN(8)
+        stage1, _, loss = losses(disc=disc)
+        args = SimpleNamespace(gan=0.7, gan_start=2, perceptual=0, kl=0.5, align=0.25, accumulate=1, clip=0, lr=1e-3, warmup=0, schedule="constant", steps=9)
+        batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.randn(2, 4, 16, 16), []
+        optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (stage1, disc)]
+        before = disc.main[0].weight.clone()
+        seen, _ = T.train_step(args, step, iter([batch]), stage1, disc, loss, optimizers)
+        assert seen["loss"].item() == pytest.approx((seen["mse"] + weight * seen["gan"] + 0.5 * seen["kl"] + 0.25 * seen["align"]).item(), rel=1e-5)
+        assert abs(seen["gan"]) > 1e-3 and not torch.equal(disc.main[0].weight, before)     # it learns before it is heard
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -283,11 +330,32 @@ def test_one_process_and_two_agree_for_three_hundred_steps(chain, tmp_path, gan,
 
 
 def test_one_bad_file_is_left_out_and_named(chain, tmp_path, capsys):
-    import shapes
     shapes.write(tmp_path / "data", 20, 32, 5)
     next((tmp_path / "data/00_disk").iterdir()).write_bytes(b"not a picture")
     call(T, f"--data {tmp_path}/data --val {chain.data} --size 32 {chain.small} --features none --gan 0 --perceptual 0 --batch 10 --steps 2 --out {tmp_path}/vae")
     assert "1 unreadable files were left out: 00_disk/" in capsys.readouterr().out
+
+
+def test_bad_files_are_remembered_by_a_run_that_goes_on(chain, tmp_path, capsys, monkeypatch):
+    """Met in the first step, before a kill; named at the end of the second part."""
+    shapes.write(tmp_path / "data", 20, 32, 5)
+    order = [V.order(0, 20, i) for i in range(10)]
+    name = V.Images(tmp_path / "data", 32).paths[order[0]]
+    (tmp_path / "data" / name).write_bytes(b"not a picture")
+    command = f"--data {tmp_path}/data --val {chain.data} --size 32 {chain.small} --features none --gan 0 --perceptual 0 --batch 2 --steps 4 --save-every 1 --out {tmp_path}/vae"
+    update = V.update
+    monkeypatch.setattr(V, "update", lambda pairs, clip, step: update(pairs, clip, step) if step < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(T, command)
+    monkeypatch.undo()
+    call(T, command)
+    assert f"1 unreadable files were left out: {name}" in capsys.readouterr().out
+
+
+def test_heads_without_features_are_refused(chain, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call(T, f"{chain.of_data} --init {chain.root}/vae --train align --features none --out {tmp_path}/vae")
+    assert "it needs --features" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, says", [
