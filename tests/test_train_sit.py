@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import dino
 import shapes
 import sit
 import train_sit as T
@@ -143,6 +144,25 @@ def test_the_objective_is_the_process_loss_plus_repas():
     assert torch.allclose(repa, -torch.cosine_similarity(tokens, target, -1).mean(1), atol=1e-6)
 
 
+def test_repa_resizes_its_teachers_positions_and_clips_at_one(chain, tmp_path, monkeypatch):
+    """A network without registers, which Meta's own rule would resize with an offset of 0.1."""
+    class Caught(Exception):
+        pass
+
+    def catch(args, run, teacher, grid):
+        raise Caught(args, teacher)
+    torch.save(dino.DINOv2(64, 2, patch=4, registers=0, grid=8).state_dict(), tmp_path / "dino.pth")
+    monkeypatch.setattr(T, "Objective", catch)
+    for more, clip in (("--repa", 1.0), ("--repa --clip 0", 0.0), ("", 0.0)):
+        with pytest.raises(Caught) as caught:
+            call(T, chain.stage2, more, f"--dino {tmp_path}/dino.pth --steps 2 --out {tmp_path}/sit")
+        args, teacher = caught.value.args
+        assert args.clip == clip and (teacher is None) == (not more)
+        if more:
+            assert teacher.offset == 0 and dino.DINOv2.load(tmp_path / "dino.pth").offset == 0.1
+            assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -155,7 +175,8 @@ def test_a_checkpoint_tells_a_reader_all_it_needs(chain):
     assert (chain.root / "sit/0000006.pt").is_file() and (chain.root / "sit/pictures/0000006.png").is_file()
 
 
-def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", ["", "--repa --dino {}/dino.pth"])
+def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch, more):
     update = V.update
 
     def killed(pairs, clip, step):
@@ -163,14 +184,18 @@ def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         return update(pairs, clip, step)
     monkeypatch.setattr(V, "update", killed)
-    command = f"{chain.stage2} --steps 6 --keep 3 --out {tmp_path}/sit"
+    command, whole = f"{chain.stage2} --steps 6 --keep 3 {more.format(chain.root)}", chain.root
     with pytest.raises(RuntimeError):
-        call(T, command)
+        call(T, command, f"--out {tmp_path}/sit")
     monkeypatch.undo()
     assert torch.load(tmp_path / "sit/ckpt.pt", weights_only=True)["step"] == 4
-    call(T, command)
-    one, other = (torch.load(p / "sit/ckpt.pt", weights_only=True) for p in (chain.root, tmp_path))
-    for key in ("step", "weights", "ema", "optimizer"):
+    call(T, command, f"--out {tmp_path}/sit")
+    if more:
+        whole = tmp_path / "whole"
+        call(T, command, f"--out {whole}/sit")
+    one, other = (torch.load(p / "sit/ckpt.pt", weights_only=True) for p in (whole, tmp_path))
+    assert bool(one["ema projectors"]) == bool(more)
+    for key in ("step", "weights", "ema", "ema projectors", "optimizer"):
         assert same(one[key], other[key]), key
 
 
@@ -187,6 +212,42 @@ def test_every_kind_trains(chain, tmp_path, more):
     assert np.isfinite([json.loads(line)["loss"] for line in open(tmp_path / "sit/log.jsonl")]).all()
     model = sit.SiT.load(tmp_path / "sit")
     assert model.process == ("dit" if "dit" in more else "sit") and model.out_channels == (8 if "dit" in more else 4)
+
+
+def test_a_bf16_run_stays_near_the_float32_one(chain, tmp_path):
+    for dtype in ("fp32", "bf16"):
+        call(T, chain.stage2, f"--repa --dino {chain.root}/dino.pth --dtype {dtype} --log-every 1 --steps 3 --out {tmp_path}/{dtype}")
+    full, half = (logged(tmp_path / dtype, "loss", "repa") for dtype in ("fp32", "bf16"))
+    apart = ((half - full) / full).abs().amax(0)
+    assert 0 < apart[0] < 0.02 and 0 < apart[1] < 0.2, apart
+
+
+def test_pictures_of_a_run_are_a_film(chain, tmp_path):
+    """Fixed noise, for DDPM's steps too: one network's picture is the same twice."""
+    args = args_of(chain, "--process dit")
+    torch.manual_seed(0)
+    net = sit.SiT((2, 64, 2), input_size=8, classes=10, process="dit").eval()
+    with torch.no_grad():
+        for p in net.final_layer.parameters():
+            p.normal_(0, 0.02)
+    vae, norm = V.VAE.load(chain.root / "vae"), V.Normalizer("none")
+    for name in ("a", "b"):
+        T.sample_grid(args, net, norm, vae, "cpu", tmp_path / f"{name}.png", n=4)
+    args.seed = 1
+    T.sample_grid(args, net, norm, vae, "cpu", tmp_path / "c.png", n=4)
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_replaced_file_keeps_the_label_of_its_picture(chain, tmp_path):
+    """The last picture of a class is unreadable: the next class's first one takes its place, label and all."""
+    shapes.write(tmp_path / "data", 20, 32, 5)
+    data = V.Images(tmp_path / "data", 32)
+    (tmp_path / "data" / data.paths[1]).write_bytes(b"not a picture")
+    data = V.Images(tmp_path / "data", 32)
+    cache = T.open_cache(args_of(chain, f"--cache {tmp_path}/latents"), V.Run(), V.VAE.load(chain.root / "vae"), data)
+    assert data.labels[1] == 0 and list(cache.labels[:4]) == [0, 1, 1, 1]
+    assert np.array_equal(cache.labels[2:], data.labels[2:])
 
 
 def test_a_flat_folder_trains_unconditionally(chain, tmp_path):
