@@ -99,6 +99,18 @@ def test_draws_depend_on_seed_step_and_place_alone(chain):
     assert 0.04 < drops < 0.18 and abs(torch.stack([m[2] for m in many]).mean() - 0.5) < 0.05
 
 
+@pytest.mark.parametrize("words, raw, std, warns", [
+    ("--norm none", 1.0, 0.182, True), ("--norm none", 5.0, 0.911, False), ("--norm std --std 4", 1.0, 4.0, True), ("--norm std --std 2", 7.0, 2.0, False)])
+def test_a_std_that_trains_badly_is_warned_of(chain, capsys, words, raw, std, warns):
+    class Latents(list):
+        def latents(self, chosen, seed):
+            yield raw * torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    T.normalizer(args_of(chain, words), V.Run(), None, Latents(range(4)))
+    said = capsys.readouterr().out
+    seen = float(said.split(", std ")[1].split()[0])
+    assert seen == pytest.approx(std, rel=0.01) and ("warning" in said) == warns
+
+
 def test_latent_and_image_are_flipped_together(chain):
     args, data, vae = args_of(chain), V.Images(chain.data, 32), V.VAE.load(chain.root / "vae")
     args.repa = True

@@ -505,6 +505,23 @@ def test_odd_images_are_read_and_bad_ones_named(tmp_path):
         V.Images(tmp_path / "nowhere", 32)
 
 
+def test_pixels_are_read_as_stored_and_splinters_are_no_pictures(tmp_path):
+    """An EXIF tag that asks for rotation changes nothing, as in ADM's, DiT's and SiT's readers; 100:1 is a picture, 101:1 is none."""
+    half = np.zeros((32, 32, 3), np.uint8)
+    half[:16] = 255
+    exif = Image.Exif()
+    exif[274] = 6                                          # "turn by 90 degrees"
+    Image.fromarray(half).save(tmp_path / "turned.png", exif=exif)
+    assert Image.open(tmp_path / "turned.png").getexif()[274] == 6
+    assert np.array_equal(V.Images(tmp_path, 32)[0][0].permute(1, 2, 0), half)
+    for name, length in (("long", 200), ("splinter", 202)):
+        Image.new("RGB", (length, 2)).save(tmp_path / f"{name}.png")
+    data = V.Images(tmp_path, 8)
+    assert data.paths == ["long.png", "splinter.png", "turned.png"] and data[0][0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="splinter.png: not a readable image .202 x 2 pixels"):
+        data[1]
+
+
 def test_every_format_that_pillow_reads_is_an_image(tmp_path):
     from PIL import Image
     endings = "jpg jpeg jfif png apng bmp dib webp gif tif tiff ppm pgm pbm tga pcx sgi ico jp2 JPEG".split()
