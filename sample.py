@@ -1,14 +1,13 @@
 """Samples from a trained SiT or DiT: pictures for the eye, 50,000 images for an evaluator, masks and depth from latents.
 
-    python sample.py --cfg 1.8                                          # 16 images from out/sit, Table 4's best guidance
+    python sample.py --cfg 1.8                                          # 16 pictures from out/sit, Table 4's best guidance
     torchrun --nproc_per_node=8 sample.py --cfg 1.8 --num-images 50000 --npz   # Table 4's 1.82: then fid.py
-    python sample.py --cfg 4 --interval 0 1 --classes 207 360           # Figure 3
+    python sample.py --cfg 4 --interval 0 1 --classes 207 360 --out out/figure3
 
 Image i is a function of (--seed, i) alone: not of the batch size, of the number of processes, or of what else is drawn.
 """
 import argparse
 import math
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,12 @@ def flags():
     p.add_argument("--ckpt", default="out/sit", help="a run of train_sit.py, one of its files, a public name, or a public .pt")
     p.add_argument("--process", choices=["sit", "dit", "repa"], help="what a bare public file was trained for")
     p.add_argument("--vae", help="overrides the VAE named in the checkpoint (the weights must be the same); public: sd-vae-ft-ema")
-    p.add_argument("--out", help="folder of the pictures; default: out/samples, or FILE of --npz without its ending")
+    p.add_argument("--out", help="folder; default: out/pictures, with --npz FILE without its ending")
     p.add_argument("--num", "--num-images", type=int, default=16,
                    help="number of images; under torchrun write --num-images: it takes --num for an option of its own")
     p.add_argument("--npz", nargs="?", const="", metavar="FILE",
-                   help="instead of PNGs write an npz (arr_0 uint8 NHWC, arr_1 labels), by default OUT/samples.npz")
-    p.add_argument("--classes", nargs="+", help="class numbers or names, taken in turn")
+                   help="instead of PNGs write FILE.npz (arr_0 uint8 NHWC, arr_1 labels); default: OUT/samples.npz, OUT out/samples")
+    p.add_argument("--classes", nargs="+", help="taken in turn: numbers, or names of class folders")
     p.add_argument("--labels", choices=["random", "balanced"], default="random", help="without --classes: how labels are drawn")
     p.add_argument("--sampler", choices=["sde", "euler", "heun", "ddpm"], help="default: sde for a SiT, ddpm for a DiT")
     p.add_argument("--steps", type=int, default=250)
@@ -45,7 +44,11 @@ def flags():
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on a GPU that has it, else fp32")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    args.out = args.out or (str(Path(args.npz).with_suffix("")) if args.npz else "out/samples")
+    if args.npz and not args.npz.endswith(".npz"):
+        p.error(f"--npz {args.npz}: the file's name must end in .npz")
+    if args.num < 1 or args.batch < 1:
+        p.error("--num and --batch are 1 at least")
+    args.out = args.out or (args.npz[:-4] if args.npz else "out/pictures" if args.npz is None else "out/samples")
     return args
 
 
@@ -74,8 +77,8 @@ def read_ours(path):
     if not path.is_file():
         return {}
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # an official training checkpoint, which SiT.load has read
+        held = V.load_file(path)
+    except ValueError:  # an official training checkpoint, which SiT.load has read
         return {}
     return held if "normalizer" in held else {}
 
@@ -128,10 +131,12 @@ def foreground(features):
 
 
 def colour_depth(depth):
-    """Depth [B,H,W] -> uint8 [B,3,H,W], near bright, far dark, equal steps in lightness; each image on its own scale."""
-    anchors = torch.tensor([[252, 253, 191], [251, 136, 97], [182, 54, 121], [80, 18, 123], [0, 0, 4]])   # magma
-    d = depth.flatten(1).argsort(1).argsort(1).float().view(depth.shape) / (depth[0].numel() - 1)       # rank: 0 near .. 1 far
-    at = d * (len(anchors) - 1)
+    """Depth [B,H,W] -> uint8 [B,3,H,W], near bright, far dark, equal steps in lightness: of 1 / depth, each image's own from
+    its 2nd to its 98th percentile."""
+    anchors = torch.tensor([[0, 0, 4], [80, 18, 123], [182, 54, 121], [251, 136, 97], [252, 253, 191]])   # magma
+    near = (1 / depth).flatten(1)
+    low, high = torch.quantile(near, torch.tensor([0.02, 0.98]).to(near), dim=1, keepdim=True)
+    at = ((near - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(depth.shape) * (len(anchors) - 1)
     low = at.long().clamp_max(len(anchors) - 2)
     mix = (at - low)[..., None]
     anchors = anchors.to(depth)
@@ -144,6 +149,9 @@ class Tasks:
     def __init__(self, args, vae, run):
         self.names, self.f = args.tasks, vae.f
         self.align = V.Align.load(vae.folder).to(run.device)
+        if "_reg" in str(vae.info.get("dino")) and "seg" in self.names:
+            run.print("note: public segmentation heads exist only for networks without registers; this VAE was aligned to "
+                      f"{vae.info['dino']}, so masks are off their distribution; Figure 4 wants train_vae.py --dino vitl14")
         with run.first():
             self.seg = Segmenter.load(args.seg_head).to(run.device) if "seg" in self.names else None
             self.depth = Depth.load(args.depth_head).to(run.device) if "depth" in self.names else None
@@ -151,22 +159,22 @@ class Tasks:
                                   ("--depth-head", self.depth, self.depth and self.depth.projects[0].in_channels)):
             if head is not None and width != self.align.config["dim"]:
                 raise ValueError(f"{flag} reads features of {width} numbers, this VAE was aligned to {self.align.config['dim']}")
-        if str(vae.info.get("dino")).endswith("_reg") and self.seg is not None:
-            run.print("note: public segmentation heads exist only for networks without registers; this VAE was aligned to "
-                      f"{vae.info['dino']}, so masks are off their distribution; Figure 4 wants train_vae.py --dino vitl14")
 
     @torch.no_grad()
     def __call__(self, z, images):
         """Raw latents [B,C,h,w] and their images uint8 -> [one uint8 picture [B,3,H,W] for each task], classes seen."""
         patch, (h, w), size, seen, out = self.align(z)[0], z.shape[-2:], images.shape[-2:], [], []
+
+        def read(head):
+            return torch.cat([head(part, (h, w), size).cpu() for part in patch.split(8)])
         for name in self.names:
             if name == "seg":
-                mask = self.seg(patch, (h, w), size).argmax(1).cpu()
+                mask = read(self.seg).argmax(1)
                 seen = mask.unique().tolist()
                 palette = torch.tensor(self.seg.colors, dtype=torch.uint8)
                 out.append(images.cpu() // 2 + palette[mask].permute(0, 3, 1, 2) // 2)
             elif name == "depth":
-                out.append(colour_depth(self.depth(patch, (h, w), size)).cpu())
+                out.append(colour_depth(read(self.depth)))
             else:
                 colours = V.pca(patch)[0].transpose(1, 2).unflatten(2, (h, w)) * foreground(patch)[:, None]
                 out.append((F.interpolate(colours, size) * 255).to(torch.uint8).cpu())
@@ -188,18 +196,25 @@ def legend(sheet, seg, seen):
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def write_pictures(args, store, y, tasks, run):
-    """grid.png, the single PNGs, and with --tasks each image above its masks and maps in tasks.png."""
-    out, images = Path(args.out), torch.from_numpy(np.array(store.arrays["images"][:256])).permute(0, 3, 1, 2)
+SHOWN = 64   # as many images, at most, go onto one sheet
+
+
+def write_pictures(out, store):
+    """The single PNGs, and grid.png."""
     for i, image in enumerate(store.arrays["images"]):
         Image.fromarray(image).save(out / f"{i:06d}.png")
+    images = torch.from_numpy(np.array(store.arrays["images"][:SHOWN])).permute(0, 3, 1, 2)
     V.grid(images, columns=min(8, math.ceil(math.sqrt(len(images))))).save(out / "grid.png")
-    if tasks is not None:
-        z = torch.from_numpy(np.array(store.arrays["latents"][:8])).to(run.device)
-        rows, seen = tasks(z, images[:8])
-        sheet = V.grid(torch.cat([images[:8], *rows]), columns=len(z))
-        (legend(sheet, tasks.seg, seen) if seen else sheet).save(out / "tasks.png")
-    run.print(f"wrote {out}/grid.png" + (f" and {out}/tasks.png" if tasks else ""))
+
+
+def write_tasks(out, store, tasks, run):
+    """tasks.png: the images of grid.png, eight a row, each above its masks and maps."""
+    images = torch.from_numpy(np.array(store.arrays["images"][:SHOWN])).permute(0, 3, 1, 2)
+    pictures, seen = tasks(torch.from_numpy(np.array(store.arrays["latents"][:SHOWN])).to(run.device), images)
+    rows = [row for part in zip(*(p.split(8) for p in (images, *pictures))) for row in part]
+    rows = [torch.cat([row, row.new_full((min(8, len(images)) - len(row), *row.shape[1:]), 255)]) for row in rows]   # the last may be short
+    sheet = V.grid(torch.cat(rows), columns=len(rows[0]))
+    (legend(sheet, tasks.seg, seen) if seen else sheet).save(out / "tasks.png")
 
 
 def main():
@@ -209,6 +224,7 @@ def main():
     args.sampler = args.sampler or ("ddpm" if model.process == "dit" else "sde")
     if (args.sampler == "ddpm") != (model.process == "dit"):
         raise ValueError(f"{args.ckpt}: --sampler {args.sampler} is not for a {model.process}: a dit takes ddpm, a sit sde, euler or heun")
+    Diffusion(keep=args.steps) if args.sampler == "ddpm" else Flow().times(args.sampler, args.steps)   # --steps that cannot be
     y, s, side = labels(args, model, names), model.settings, model.settings["input_size"] * vae.f
     guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
     tasks = Tasks(args, vae, run) if args.tasks else None
@@ -230,16 +246,22 @@ def main():
         with torch.no_grad():
             images = V.to_uint8(vae.decode(z)).permute(0, 2, 3, 1)
         store.put(part.start, latents=z.cpu().numpy(), images=images.cpu().numpy())
-        bar.update(len(part) * run.world)
+        bar.update(min(len(part) * run.world, args.num - bar.n))
     bar.close()
     run.barrier()
+    if not store.done.all():
+        raise ValueError(f"{args.out}: {int(store.done.sum())} of {args.num} images are here; do all machines share this folder?")
     if run.main and args.npz is not None:
         file = args.npz or f"{args.out}/samples.npz"
         with V.atomic(Path(file)) as f:
             np.savez(f, arr_0=store.arrays["images"], arr_1=y)
         run.print(f"wrote {file}; next:\n  python fid.py {file} --ref VIRTUAL_imagenet256_labeled.npz")
     elif run.main:
-        write_pictures(args, store, y, tasks, run)
+        write_pictures(Path(args.out), store)
+        run.print(f"wrote {args.out}/grid.png, and each image as a file")
+    if run.main and tasks is not None:
+        write_tasks(Path(args.out), store, tasks, run)
+        run.print(f"wrote {args.out}/tasks.png")
     run.barrier()
 
 

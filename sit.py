@@ -335,12 +335,15 @@ class Guided:
     """
 
     def __init__(self, model, scale, interval=(0, 1), channels=None):
-        self.model, self.scale, self.interval, self.guided = model, scale, interval, channels or model.channels
+        self.model, self.scale, self.interval = model, scale, interval
+        self.guided = model.channels if channels is None else channels
         self.process, self.channels, self.classes = model.process, model.channels, model.classes
         abar = alphas_bar()
         self.noise_times = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())  # a dit's, [1000]
-        if self.guided > model.channels:
-            raise ValueError(f"--cfg-channels {channels}: the model predicts {model.channels}")
+        if not 1 <= self.guided <= model.channels:
+            raise ValueError(f"--cfg-channels {channels}: 1 to {model.channels}, which the model predicts")
+        if interval[0] > interval[1]:
+            raise ValueError(f"--interval {interval[0]:g} {interval[1]:g}: the lower noise time comes first")
         if not model.classes and scale != 1:
             raise ValueError(f"--cfg {scale}: the model is unconditional")
 
@@ -381,6 +384,13 @@ class Flow:
         """The gradient of log p_t at x, from the velocity there; t < 1, and -x at t = 0."""
         return (t * v - x) / (1 - t)
 
+    def times(self, sampler, steps):
+        """The steps + 1 times that a sampler goes through; ValueError where there is no such sampler."""
+        if sampler not in ("sde", "euler", "heun") or steps < (2 if sampler == "sde" else 1):
+            raise ValueError(f"--sampler {sampler} --steps {steps}: a flow has sde (2 steps or more), euler and heun")
+        end, points = (0.96, steps) if sampler == "sde" else (1, steps + 1)
+        return (torch.linspace(0, end, points, dtype=torch.float64).tolist() + [1.0])[:steps + 1]
+
     @torch.no_grad()
     def sample(self, model, noise, y, sampler="sde", steps=250, draw=None, callback=None):
         """From noise [B, C, H, W] to latents, with y [B], in the noise's dtype.
@@ -390,16 +400,12 @@ class Flow:
         callback(k, t, x, x0) sees the state before step k and the data that it predicts.
         """
         expect(model, "sit")
-        if sampler not in ("sde", "euler", "heun") or steps < (2 if sampler == "sde" else 1):
-            raise ValueError(f"--sampler {sampler} --steps {steps}: a flow has sde (2 steps or more), euler and heun")
-        x, draw = noise, draw or (lambda k: torch.randn_like(noise))
-        end, points = (0.96, steps) if sampler == "sde" else (1, steps + 1)
-        times = torch.linspace(0, end, points, dtype=torch.float64).tolist() + [1.0]
+        times, x, draw = self.times(sampler, steps), noise, draw or (lambda k: torch.randn_like(noise))
 
         def velocity(x, t):
             return model(x, x.new_full((len(x),), t), y)[:, :x.shape[1]].to(x.dtype)
 
-        for k, (t, after) in enumerate(zip(times[:steps], times[1:])):
+        for k, (t, after) in enumerate(zip(times, times[1:])):
             dt, v = after - t, velocity(x, t)
             if callback:
                 callback(k, t, x, x + (1 - t) * v)
@@ -452,13 +458,13 @@ class Diffusion:
     The model predicts the noise and, as a fraction between the two bounds' logarithms, the variance of each step.
     """
 
-    def __init__(self, steps=1000, keep=None):
+    def __init__(self, steps=1000, keep=None, device=None):
         keep = steps if keep is None else keep
         if not 2 <= keep <= steps:
             raise ValueError(f"--steps {keep}: the diffusion can take 2 to {steps} steps")
         self.steps = steps
-        self.times = torch.tensor([round(i * (steps - 1) / (keep - 1)) for i in range(keep)])
-        self.abar = alphas_bar(steps)[self.times]                    # x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise
+        self.times = torch.tensor([round(i * (steps - 1) / (keep - 1)) for i in range(keep)], device=device)
+        self.abar = alphas_bar(steps).to(device)[self.times]         # x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise
         before = F.pad(self.abar[:-1], (1, 0), value=1.0)
         self.betas = 1 - self.abar / before
         self.c0 = self.betas * before.sqrt() / (1 - self.abar)                   # q(x_{t-1} | x_t, x_0) has the mean
@@ -499,7 +505,7 @@ class Diffusion:
         draw(k) is step k's noise (the last step has none); callback(k, t, x, x0) as in Flow.sample, t in 0..999.
         """
         expect(model, "dit")
-        chain = Diffusion(self.steps, keep=steps)
+        chain = Diffusion(self.steps, steps, noise.device)
         x, draw = noise, draw or (lambda k: torch.randn_like(noise))
         for k, t in enumerate(reversed(chain.times.tolist())):
             i = torch.full((len(x),), steps - 1 - k, device=x.device)

@@ -188,7 +188,7 @@ class Objective:
     """The per-sample loss of a process, plus REPA's term."""
 
     def __init__(self, args, run, teacher, grid):
-        self.process = Flow() if args.process == "sit" else Diffusion()
+        self.process = Flow() if args.process == "sit" else Diffusion(device=run.device)
         self.args, self.device, self.teacher, self.grid = args, run.device, teacher, grid
         self.dtype = torch.float64 if args.dtype == "fp64" else torch.float32
         self.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=args.dtype == "bf16")

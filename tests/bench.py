@@ -298,7 +298,7 @@ def sampling(args):
         exact = draw(ours, min(8, args.batch[0]), "fp32")
     half = draw(ours, len(exact), "bf16")
     if run.device.type == "cuda":
-        model.compile()
+        model.compile(dynamic=False)
     best = max(measured(f"{what} in {how.interval}, bf16" + ", compile" * torch.cuda.is_available(), ours, n, "bf16") for n in args.batch)
     fewer = seen[official] / seen[ours]
     print(f"{best / theirs:.2f} times the official way's images/s: {fewer:.2f} by fewer calls, {best / theirs / fewer:.2f} by faster ones")

@@ -1,7 +1,9 @@
 """sample.py: images that depend on (seed, index) alone, labels, refusals, and pictures from latents."""
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +53,11 @@ def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, t
     with pytest.raises(RuntimeError):
         call(S, command, f"--out {tmp_path}/killed")
     monkeypatch.undo()
+    again = []
+    monkeypatch.setattr(V.Store, "put", lambda self, first, **parts: again.append(first) or put(self, first, **parts))
     call(S, command, f"--out {tmp_path}/killed")
+    assert calls == [0, 16, 32] and again == [32, 48]                  # what was there is not drawn again
+    monkeypatch.undo()
     run_two("sample.py", f"{command} --out {tmp_path}/two --npz {tmp_path}/two.npz")
     for name in ("killed", "two"):
         assert all(np.array_equal(a, b) for a, b in zip(images(tmp_path / name), whole))
@@ -63,9 +69,11 @@ def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, t
 
 def test_an_npz_is_named_or_lies_with_its_pictures(chain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for words, file in (("--npz out/cfg2.npz", "out/cfg2.npz"), ("--npz --out a", "a/samples.npz"), ("--npz", "out/samples/samples.npz")):
+    for words, file, folder in (("--npz out/cfg1.5.npz", "out/cfg1.5.npz", "out/cfg1.5"), ("--npz --out a", "a/samples.npz", "a"),
+                                ("--npz", "out/samples/samples.npz", "out/samples"), ("", "out/pictures/grid.png", "out/pictures")):
         call(S, f"--ckpt {chain.root}/sit --num 2 --steps 2 {words}")
-        assert np.load(file)["arr_0"].shape == (2, 32, 32, 3)
+        assert Path(folder, "images.npy").is_file() and Path(file).is_file()
+        assert file.endswith("png") or np.load(file)["arr_0"].shape == (2, 32, 32, 3)
 
 
 def test_seeds_that_differ_in_the_high_bits_differ(base, tmp_path):
@@ -87,26 +95,63 @@ def test_pictures_and_tasks_are_written(chain, tmp_path):
     assert Image.open(tmp_path / "tasks.png").size == (4 * 34 + 2, 2 * 34 + 2) and (tmp_path / "000003.png").is_file()
 
 
+def segmentation_head(path, dim=64, classes=21):
+    torch.manual_seed(0)
+    bn = {f"decode_head.bn.{k}": (torch.ones if k in ("weight", "running_var") else torch.zeros)(dim)
+          for k in ("weight", "bias", "running_mean", "running_var")}
+    torch.save({"meta": {}, "state_dict": {**bn, "decode_head.conv_seg.weight": torch.randn(classes, dim, 1, 1),
+                                           "decode_head.conv_seg.bias": torch.zeros(classes)}}, path)
+    return path
+
+
 def test_heads_read_generated_latents(chain, tmp_path):
-    """A segmentation head and a depth head of the teacher's width, saved in the public layouts."""
+    """A segmentation head and a depth head of the teacher's width, saved in the public layouts, over ten images in two rows of
+    eight: under each stands what its own latent gives."""
     import dino
     torch.manual_seed(0)
-    head = {"decode_head.bn.weight": torch.ones(64), "decode_head.bn.bias": torch.zeros(64), "decode_head.bn.running_mean": torch.zeros(64),
-            "decode_head.bn.running_var": torch.ones(64), "decode_head.conv_seg.weight": torch.randn(21, 64, 1, 1),
-            "decode_head.conv_seg.bias": torch.zeros(21)}
-    torch.save({"meta": {}, "state_dict": head}, tmp_path / "seg.pth")
     depth = dino.Depth(dim=64, proj=32, widths=(32, 32, 32), expand=1, blocks=1, last=8)
     torch.save({"model": {f"head.{k}": v for k, v in depth.state_dict().items()}}, tmp_path / "depth.pt")
-    call(S, f"--ckpt {chain.root}/sit --num 2 --steps 3 --tasks seg depth pca --seg-head {tmp_path}/seg.pth --depth-head {tmp_path}/depth.pt",
-         f"--out {tmp_path}/out")
-    sheet = Image.open(tmp_path / "out/tasks.png")
-    assert sheet.size[0] == 2 * 34 + 2 and sheet.size[1] > 4 * 34 + 2      # four rows, and a legend
+    seg = segmentation_head(tmp_path / "seg.pth")
+    call(S, f"--ckpt {chain.root}/sit --num 10 --steps 3 --tasks seg depth pca --seg-head {seg} --depth-head {tmp_path}/depth.pt",
+         f"--npz --out {tmp_path}/out")
+    sheet = np.array(Image.open(tmp_path / "out/tasks.png"))
+    assert sheet.shape[1] == 8 * 34 + 2 and sheet.shape[0] > 8 * 34 + 2 and (tmp_path / "out/samples.npz").is_file()   # 2 x 4 rows, a legend
+
+    pixels, latents = images(tmp_path / "out")
+    tile = lambda row, column: sheet[2 + 34 * row:34 + 34 * row, 2 + 34 * column:34 + 34 * column]   # noqa: E731
+    features = V.Align.load(chain.root / "vae")(torch.from_numpy(latents))[0].detach()
+    head = dino.Segmenter.load(seg)
+    mask = head(features, 8, 32).argmax(1).numpy()
+    maps = S.colour_depth(dino.Depth.load(tmp_path / "depth.pt")(features, 8, 32).detach()).permute(0, 2, 3, 1).numpy()
+    palette = np.array(head.colors, np.uint8)
+    for i, (row, column) in {0: (0, 0), 3: (0, 3), 9: (4, 1)}.items():
+        assert np.array_equal(tile(row, column), pixels[i])
+        assert (tile(row + 1, column) == pixels[i] // 2 + palette[mask[i]] // 2).mean() > 0.99
+        assert np.abs(tile(row + 2, column).astype(int) - maps[i]).max() <= 2
+    assert (tile(4, 5) == 255).all()
+    legend = sheet[2 + 8 * 34:, 4:17].reshape(-1, 3)
+    assert {tuple(c) for c in palette[np.unique(mask)]} <= {tuple(c) for c in legend}
+
+
+def test_masks_want_a_teacher_without_registers_and_of_the_heads_width(chain, tmp_path, capsys):
+    import shutil
+    shutil.copytree(chain.root / "vae/vae", tmp_path / "vae")
+    info = json.loads((tmp_path / "vae/reals.json").read_text())
+    (tmp_path / "vae/reals.json").write_text(json.dumps({**info, "dino": "dinov2_vitl14_reg4_pretrain.pth"}))
+    command = f"--ckpt {chain.root}/sit --num 1 --steps 2 --tasks seg --out {tmp_path}/out"
+    with pytest.raises(ValueError, match="--seg-head reads features of 96 numbers, this VAE was aligned to 64"):
+        call(S, command, f"--vae {tmp_path}/vae --seg-head", segmentation_head(tmp_path / "wide.pth", 96))
+    assert "Figure 4 wants train_vae.py --dino vitl14" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):
+        call(S, command, "--seg-head none.pth")
+    assert "Figure 4" not in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_depth_colours_put_the_near_bright():
     depth = torch.linspace(1, 5, 64).view(1, 8, 8)
-    grey = S.colour_depth(depth).float().mean(1).flatten()
-    assert (grey.diff() <= 1).all() and grey[0] > 200 and grey[-1] < 10
+    grey = S.colour_depth(torch.cat([depth, 0 * depth + 3])).float().mean(1).flatten(1)
+    assert (grey[0].diff() <= 0).all() and grey[0, 0] > 200 and grey[0, -1] < 10
+    assert abs(grey[0, 16] - grey[0, 0]) > 3 * abs(grey[0, 63] - grey[0, 47]) and (grey[1] == grey[1, 0]).all()    # by 1 / depth; a wall is flat
 
 
 def test_foreground_is_the_blob_in_the_middle():
@@ -126,10 +171,13 @@ def test_balanced_labels_are_balanced():
 @pytest.mark.parametrize("words, says", [
     ("--classes unicorn", "unicorn: no such class"), ("--classes 10", "10: no such class"), ("--sampler ddpm", "--sampler ddpm"),
     ("--ckpt {root}/none", "none"), ("--vae {other}", "another VAE"), ("--cfg 3", "was made with cfg 2.0, not 3.0: --out"),
-    ("--tasks pca --vae {bare}", "no align.safetensors"), ("--cfg-channels 5", "--cfg-channels 5")])
+    ("--tasks pca --vae {bare}", "no align.safetensors"), ("--cfg-channels 5", "--cfg-channels 5"), ("--cfg-channels 0", "--cfg-channels 0"),
+    ("--interval 0.75 0", "--interval 0.75 0"), ("--steps 1", "--steps 1"), ("--ckpt {root}/dit.pt --process dit --steps 1001", "--steps 1001")])
 def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, words, says):
     V.VAE.load(chain.root / "vae").save(tmp_path / "bare")
     V.VAE(16, (1, 2, 4), 1).save(tmp_path / "other")
+    torch.save(sit.SiT("T", input_size=8, classes=10, process="dit").state_dict(), tmp_path / "dit.pt")
+    base = (base[0].replace(f"--ckpt {chain.root}/sit", f"--vae {chain.root}/vae"),) if "dit" in words else base
     where = chain.root / "samples" if "cfg 3" in words else tmp_path / "out"
     command = f"{base[0]} --batch 5 --out {where} " + words.format(root=tmp_path, other=tmp_path / "other", bare=tmp_path / "bare")
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *command.split()], capture_output=True, text=True)
@@ -138,8 +186,16 @@ def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, words, says):
     assert "cfg 3" in words or not (tmp_path / "out").exists()
 
 
-def test_a_bare_file_needs_its_process(chain, tmp_path):
-    torch.save(sit.SiT("T", input_size=8, classes=10).state_dict(), tmp_path / "bare.pt")
+@pytest.mark.parametrize("words", ["--npz out/mine", "--num 0", "--batch 0"])
+def test_flags_that_cannot_be_are_refused_at_once(words, capsys):
+    with pytest.raises(SystemExit):
+        call(S, words)
+    assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_bare_file_needs_its_process(chain, tmp_path, zipped):
+    torch.save(sit.SiT("T", input_size=8, classes=10).state_dict(), tmp_path / "bare.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="--process"):
         call(S, f"--ckpt {tmp_path}/bare.pt --vae {chain.root}/vae --num 1 --steps 2 --out {tmp_path}/out")
     call(S, f"--ckpt {tmp_path}/bare.pt --process sit --vae {chain.root}/vae --num 1 --steps 2 --out {tmp_path}/out")
