@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import vae as V
 from dino import DINOv2
 from sit import Diffusion, Flow, Guided, SiT, repa_loss
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}   # dense bf16 FLOP/s
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}   # dense bf16 FLOP/s; the first that fits
 REPA_DEPTH = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}    # blocks before the projector (Yu et al. 2024)
 
 
@@ -49,6 +48,8 @@ def flags():
     V.run_flags(p, out="out/sit", batch=256, lr=1e-4)
     p.set_defaults(clip=None)
     args = p.parse_args()
+    if args.std is not None and args.norm is None:
+        p.error("--std goes with --norm std")
     if args.clip is None:
         args.clip = 1.0 if args.repa else 0.0             # REPA's own setting, and DiT's and SiT's
     return args
@@ -77,11 +78,13 @@ class Cache(torch.utils.data.Dataset):
     def __getstate__(self):
         return {**self.__dict__, "map": None}             # a loader process must not be sent 40 GiB
 
-    def latents(self, indices, seed):
-        """Raw posterior samples [1,C,h,w] of the given images, for statistics."""
-        for i in indices:
-            mean, logvar = self[int(i), 0]
-            yield (mean + (0.5 * logvar).exp() * V.normal(mean.shape, seed, "sample", int(i)))[None]
+    def statistics(self, n=10000):
+        """Of raw posterior samples of n images: a function of the cache alone, whatever a run's seed."""
+        def latents():
+            for i in V.rng(0, "subset").permutation(len(self))[:n].tolist():
+                mean, logvar = self[i, 0]
+                yield (mean + (0.5 * logvar).exp() * V.normal(mean.shape, 0, "sample", i))[None]
+        return V.statistics(latents())
 
 
 class Chunks(torch.utils.data.Dataset):
@@ -101,55 +104,60 @@ class Chunks(torch.utils.data.Dataset):
 
 def open_cache(args, run, net, images, chunk=64):
     """The latent cache of these images under this VAE: as it lies there, completed, or built. It is filled in chunks of
-    fixed indices, by all ranks at once, so its bytes depend neither on their number nor on interruptions."""
+    fixed indices, by all ranks at once, so its bytes depend neither on their number nor on interruptions. Its latents'
+    statistics lie beside it."""
     side, flips = args.size // net.f, 1 if args.no_flip else 2
     shape = (len(images), flips, 2 * net.z_channels, side, side)
     meta = {"vae": V.fingerprint(net), "data": images.fingerprint, "size": args.size, "shape": shape, "classes": images.classes}
     folder = Path(args.cache or f"out/latents/{meta['vae'][:8]}-{meta['data'][:8]}-{args.size}-{flips}")
     store = V.Store(run, folder, {"moments": (np.float16, shape), "labels": (np.int64, shape[:1])}, meta, "--cache")
-    todo = store.todo(run, chunk)
-    if not store.done.all():
-        encode(args, run, net, images, store, todo, flips)
+    if not store.whole:
+        encode(args, run, net, images, store, store.todo(run, chunk), flips)
         run.unlock()
-    return Cache(folder, shape, meta)
+    cache, known = Cache(folder, shape, meta), folder / "statistics.json"
+    if run.main and not known.is_file():
+        V.save_json(known, cache.statistics())
+    run.barrier()
+    cache.stats = V.read_json(known)
+    return cache
 
 
 def encode(args, run, net, images, store, todo, flips):
     """Fills this rank's ranges of the cache."""
     loader = torch.utils.data.DataLoader(Chunks(images, todo), batch_size=None, num_workers=args.workers, worker_init_fn=V.deaf)
-    start, blank = time.time(), torch.zeros(len(todo[0]) if todo else 1, 3, args.size, args.size, device=run.device)
-    with torch.no_grad():
-        net.encode(blank).mean.cpu()
+    blank = torch.zeros(len(todo[0]) if todo else 1, 3, args.size, args.size, device=run.device)
+    for x in (blank[:1], blank):                          # the first call also sets a GPU up
+        start = time.time()
+        with torch.no_grad():
+            net.encode(x).mean.cpu()
     run.print(f"encoding: about {(time.time() - start) * flips * len(todo) / 60:.1f} minutes")
-    bar = run.bar(len(images), "encoding", initial=int(store.done.sum()))
+    bar, unread = run.bar(len(images), "encoding", initial=int(store.done.sum())), []
     for first, x, labels, bad in loader:
         x = V.from_uint8(x.to(run.device))
         with torch.no_grad():
             views = [net.encode(v) for v in (x, x.flip(-1))[:flips]]
         moments = torch.stack([torch.cat([q.mean, q.logvar], 1) for q in views], 1)      # [B, 2, 2C, h, w]
         store.put(first, moments=moments.half().cpu().numpy(), labels=labels)
-        bar.update(len(x) * run.world)
-        for path in bad:
-            tqdm.write(f"{path} is not readable; the image after it takes its place")
+        bar.update(min(len(x) * run.world, len(images) - bar.n))
+        unread += bad
     bar.close()
-    run.barrier()
+    if unread := sorted({path for part in run.all(unread) for path in part}):     # all processes wait here for the slowest
+        run.print(f"{len(unread)} unreadable files, in whose places stand the images after them: " + ", ".join(unread))
 
 
 def printed_stats(args, vae):
-    """The latent statistics that --stats or the VAE's folder holds, or None: then they are measured."""
+    """The latent statistics that --stats or the VAE's folder holds, or None: then the cache's own are taken."""
     if args.stats == "paper":
         return V.PAPER
     return V.read_json(args.stats) if args.stats else vae.info.get("latents")
 
 
-def normalizer(args, run, stats, cache):
-    """Eq. 7-8 for this VAE: by the given statistics, or by those of 10,000 images of the cache; says the std that results."""
-    chosen = V.rng(args.seed, "subset").permutation(len(cache))[:10000]
+def normalizer(args, run, stats, cache, ckpt=None):
+    """Eq. 7-8 for this VAE: by the given statistics, or those of the run that goes on, or the cache's; says the std that results."""
     kind = args.norm or ("max-min" if stats else "none")
-    measured = V.statistics(cache.latents(chosen[:len(chosen) if stats is None else 1000], args.seed))
-    norm = V.Normalizer(kind, stats or measured, args.std)
-    std = norm.scale * measured["std"]
-    run.print(f"latents: raw std {measured['std']:.4f}; {kind}: x = {norm.scale:.5f} z {norm.shift:+.5f}, std {std:.3f}")
+    norm = V.Normalizer(kind, stats or (ckpt["normalizer"]["stats"] if ckpt else cache.stats), args.std)
+    std = norm.scale * cache.stats["std"]
+    run.print(f"latents: raw std {cache.stats['std']:.4f}; {kind}: x = {norm.scale:.5f} z {norm.shift:+.5f}, std {std:.3f}")
     if not 0.3 <= std <= 3:
         run.print(f"warning: the generator will see latents of std {std:.3f}; outside 0.3..3 training suffers (--norm std sets it)")
     return norm
@@ -286,9 +294,10 @@ def resume(ckpt, net, ema, optimizer, norm):
     """The step to go on from; weights, EMA and optimiser are filled from a checkpoint, if there is one."""
     if ckpt is None:
         return 0
-    if ckpt["normalizer"] != norm.state():
-        raise ValueError(f"the checkpoint was trained with normalisation {ckpt['normalizer']}, now it would be {norm.state()}: "
-                         "--stats or the VAE's reals.json has changed")
+    before = V.Normalizer(**ckpt["normalizer"])
+    if (before.scale, before.shift) != (norm.scale, norm.shift):
+        raise ValueError(f"the checkpoint was trained with x = {before.scale:.5f} z {before.shift:+.5f}, now it would be "
+                         f"{norm.scale:.5f} z {norm.shift:+.5f}: --stats or the VAE's reals.json has changed")
     net.load_state_dict(ckpt["weights"])
     ema.load_state_dict({**ckpt["ema"], **ckpt["ema projectors"]})
     optimizer.load_state_dict(ckpt["optimizer"])
@@ -328,7 +337,7 @@ def main():
     ckpt = V.checkpoint_of(run, args.out, same, {"data": images.fingerprint, "vae_hash": V.fingerprint(vae)})
     run.lock(args.out)
     cache = open_cache(args, run, vae.to(run.device), images)
-    norm = normalizer(args, run, stats, cache)
+    norm = normalizer(args, run, stats, cache, ckpt)
 
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=run.device.type == "cuda")
@@ -352,7 +361,7 @@ def main():
         done, stop = step + 1, run.stopping()
         if done % args.log_every == 0 or done == args.steps:
             loss, count = run.sum(bins)
-            line = log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=(loss / count.clamp_min(1)).tolist())
+            line = log.line(done, lr=V.learning_rate(args, step), **mfu(net, run), bins=[(a / b).item() if b else None for a, b in zip(loss, count)])
             bar.set_postfix({"MFU": f"{line['MFU']:.0%}"} if "MFU" in line else {})
             bins.zero_()
         if run.main and (done % args.picture_every == 0 or done == args.steps):

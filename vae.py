@@ -861,7 +861,9 @@ class Log:
         return values
 
     def short(self, v):
-        return " ".join(map(self.short, v)) if isinstance(v, list) else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+        if isinstance(v, list):
+            return " ".join(map(self.short, v))
+        return "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
 
 
 class Store:
@@ -877,10 +879,11 @@ class Store:
                 if there.get(key) != meta[key]:
                     old, new = (str(v)[:40] for v in (there.get(key), meta[key]))
                     raise ValueError(f"{folder} was made with {key} {old}, not {new}: {flag} names another folder")
-        if manifest.is_file() and np.load(self.folder / "done.npy", mmap_mode="r").all():
-            self.arrays, self.done = self.open(arrays, "r")   # whole: others may read it at the same time
+        whole = manifest.is_file() and bool(np.load(self.folder / "done.npy", mmap_mode="r").all())
+        self.whole = all(run.all(whole))      # asked once, together: later each process would see another moment
+        if self.whole:
+            self.arrays, self.done = self.open(arrays, "r")   # others may read it at the same time
             return
-        run.barrier()
         run.lock(folder, flag)
         if run.main and not manifest.is_file():
             size = sum(np.dtype(d).itemsize * math.prod(shape) for d, shape in arrays.values()) / 2**30

@@ -69,6 +69,46 @@ def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_
         assert (one / file).read_bytes() == (two / file).read_bytes()
 
 
+def test_a_process_that_comes_late_to_a_small_cache_finds_the_others(chain, tmp_path):
+    """One chunk for two processes: the one with nothing to do looks again only after the other is done."""
+    script = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import train_sit, vae; todo = vae.Store.todo\n"
+              "vae.Store.todo = lambda self, run, chunk: (time.sleep(5 * run.rank), todo(self, run, chunk))[1]; vae.main(train_sit.main)")
+    (tmp_path / "late.py").write_text(script)
+    run_two(tmp_path / "late.py", f"{ROOT} {chain.stage2} --cache {tmp_path}/latents --steps 1 --out {tmp_path}/sit")
+    assert (tmp_path / "sit/0000001.pt").is_file()
+    assert (tmp_path / "latents/moments.npy").read_bytes() == (chain.root / "latents/moments.npy").read_bytes()
+
+
+def test_statistics_of_the_latents_lie_with_the_cache_and_do_not_depend_on_the_runs_seed(chain, tmp_path):
+    call(T, chain.stage2, f"--cache {tmp_path}/latents --seed 5 --steps 1 --out {tmp_path}/sit")
+    stats = json.loads((tmp_path / "latents/statistics.json").read_text())
+    assert stats == json.loads((chain.root / "latents/statistics.json").read_text()) and stats["n"] == 60
+    mean, logvar = np.split(np.load(tmp_path / "latents/moments.npy")[:, 0].astype(np.float32), 2, 1)
+    z = np.stack([m + np.exp(0.5 * v) * V.normal(m.shape, 0, "sample", i).numpy() for i, (m, v) in enumerate(zip(mean, logvar))])
+    assert [stats[k] for k in ("mean", "std", "min", "max")] == pytest.approx([z.mean(), z.std(), z.min(), z.max()], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["none", "std"])
+def test_a_run_goes_on_with_its_normalisation_on_a_cache_built_again(chain, tmp_path, norm):
+    """Another machine's kernels round otherwise: the cache differs in its last digits, and with it what it measures."""
+    shutil.copytree(chain.root / "vae/vae", tmp_path / "vae")
+    (tmp_path / "vae/reals.json").unlink()                             # a public VAE comes without statistics
+    shutil.copytree(chain.root / "latents", tmp_path / "latents")
+    command = f"{chain.of_data} {chain.sit.replace('--norm std --std 1', f'--norm {norm}')} --vae {tmp_path}/vae"
+    call(T, command, f"--cache {tmp_path}/latents --steps 2 --out {tmp_path}/sit")
+    moments = np.load(tmp_path / "latents/moments.npy", mmap_mode="r+")
+    moments[0, 0, 0] = np.nextafter(moments[0, 0, 0], np.float16(9))
+    moments.flush()
+    (tmp_path / "latents/statistics.json").unlink()
+    call(T, command, f"--cache {tmp_path}/latents --steps 3 --out {tmp_path}/sit")
+    before, after = (torch.load(tmp_path / f"sit/000000{n}.pt", weights_only=True)["normalizer"] for n in (2, 3))
+    assert before["stats"] == after["stats"] != json.loads((tmp_path / "latents/statistics.json").read_text())
+    (tmp_path / "stats.json").write_text(json.dumps({**before["stats"], "std": 3.0}))
+    if norm == "std":
+        with pytest.raises(ValueError, match="the checkpoint was trained with x = "):
+            call(T, command, f"--cache {tmp_path}/latents --steps 4 --stats {tmp_path}/stats.json --out {tmp_path}/sit")
+
+
 def test_a_changed_vae_or_folder_is_refused(chain, tmp_path):
     with pytest.raises(ValueError, match="was made with vae .*--cache names another folder"):
         vae = V.VAE.load(chain.root / "vae")
@@ -79,6 +119,8 @@ def test_a_changed_vae_or_folder_is_refused(chain, tmp_path):
     next((tmp_path / "data/03_triangle").iterdir()).unlink()
     with pytest.raises(ValueError, match="was made with data"):
         T.open_cache(args_of(chain), V.Run(), V.VAE.load(chain.root / "vae"), V.Images(tmp_path / "data", 32))
+    with pytest.raises(ValueError, match="was made with size 32, not 16: --cache names another folder"):
+        T.open_cache(args_of(chain, "--size 16"), V.Run(), V.VAE.load(chain.root / "vae"), V.Images(chain.data, 16))
 
 
 # ------------------------------------------------------------------------------------------------------------- draws
@@ -102,10 +144,8 @@ def test_draws_depend_on_seed_step_and_place_alone(chain):
 @pytest.mark.parametrize("words, raw, std, warns", [
     ("--norm none", 1.0, 0.182, True), ("--norm none", 5.0, 0.911, False), ("--norm std --std 4", 1.0, 4.0, True), ("--norm std --std 2", 7.0, 2.0, False)])
 def test_a_std_that_trains_badly_is_warned_of(chain, capsys, words, raw, std, warns):
-    class Latents(list):
-        def latents(self, chosen, seed):
-            yield raw * torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    T.normalizer(args_of(chain, words), V.Run(), None, Latents(range(4)))
+    z = raw * torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    T.normalizer(args_of(chain, words), V.Run(), None, types.SimpleNamespace(stats=V.statistics([z])))
     said = capsys.readouterr().out
     seen = float(said.split(", std ")[1].split()[0])
     assert seen == pytest.approx(std, rel=0.01) and ("warning" in said) == warns
@@ -126,11 +166,33 @@ def test_latent_and_image_are_flipped_together(chain):
 
 
 def test_flops_are_the_published_counts():
-    """facts of the field: multiply-accumulates of one forward pass at 32 x 32 x 4, patch 2."""
+    """Published counts: multiply-accumulates of one forward pass at 32 x 32 x 4, patch 2."""
     for name, gmac in (("S", 6.054), ("B", 23.002), ("L", 80.693), ("XL", 118.617)):
         depth, dim, _ = sit.SIZES[name]
         s = dict(input_size=32, patch=2, dim=dim, depth=depth, channels=4, out_channels=4)
         assert T.flops(s) / 2e9 == pytest.approx(gmac, abs=6e-4)
+
+
+def test_mfu_is_useful_work_over_the_cards_peak(monkeypatch):
+    """Three forward passes of XL/2, 711.7 GFLOP an image, on two cards of 989 TFLOP/s."""
+    net, run = types.SimpleNamespace(settings=sit.SiT((1, 64, 1), input_size=8).settings), types.SimpleNamespace(device=torch.device("cuda"), world=2)
+    net.settings |= dict(zip(("depth", "dim", "heads"), sit.SIZES["XL"]), input_size=32, patch=2)
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        assert T.mfu(net, run)["MFU"](1000.0) == pytest.approx(711.7e9 * 1000 / (2 * peak), rel=1e-4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another card")
+    assert T.mfu(net, run) == {}
+
+
+def test_defaults_are_the_published_settings(monkeypatch):
+    """Ma et al. 2024, Peebles & Xie 2023; for REPA Yu et al. 2024, whose depths count the blocks before the projector."""
+    monkeypatch.setattr(sys, "argv", ["train_sit.py"])
+    a = T.flags()
+    assert (a.lr, a.batch, a.ema, a.drop, a.betas, a.weight_decay, a.schedule, a.warmup, a.clip) == (1e-4, 256, 0.9999, 0.1, [0.9, 0.999], 0, "constant", 0, 0)
+    assert (a.steps, a.keep, a.model, a.process, a.repa, a.repa_weight, a.dino) == (400000, 50000, "XL", "sit", False, 0.5, "vitb14")
+    assert T.REPA_DEPTH == {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}
+    monkeypatch.setattr(sys, "argv", ["train_sit.py", "--repa"])
+    assert T.flags().clip == 1.0
 
 
 def test_ema_is_the_closed_form():
@@ -154,6 +216,39 @@ def test_the_objective_is_the_process_loss_plus_repas():
     v, tokens = net(s * x + (1 - s) * noise, t.float(), y, return_tokens=True)
     assert torch.allclose(loss, (v - (x - noise)).square().mean((1, 2, 3)), atol=1e-6)
     assert torch.allclose(repa, -torch.cosine_similarity(tokens, target, -1).mean(1), atol=1e-6)
+
+
+def test_a_step_follows_the_mean_loss_plus_weighted_repa_and_counts_by_time():
+    """Two micro-batches with losses known in closed form: c w and d w of the one weight."""
+    args = types.SimpleNamespace(accumulate=2, repa_weight=0.25, lr=0.1, warmup=0, schedule="constant", clip=0)
+    net, c, d = torch.nn.Linear(1, 1, bias=False), torch.tensor([1.0, 2, 3, 4]), torch.tensor([40.0, 30, 20, 10])
+    with torch.no_grad():
+        net.weight.fill_(0.5)
+    times = torch.tensor([0.05, 0.15, 0.19, 0.95], dtype=torch.float64)
+    batches = iter([[torch.zeros(2)] * 2 + [times[k], torch.zeros(2), k] for k in (torch.tensor([0, 1]), torch.tensor([2, 3]))])
+
+    class Objective:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def __call__(self, model, x, noise, t, y, k):
+            return c[k] * model.weight[0, 0], d[k] * model.weight[0, 0]
+    bins, optimizer = torch.zeros(2, 10, dtype=torch.float64), torch.optim.SGD(net.parameters(), 1.0)
+    seen = T.train_step(args, 0, batches, net, net, Objective(), optimizer, bins)
+    gradient = c.mean() + 0.25 * d.mean()
+    assert seen["grad norm"] == pytest.approx(gradient.item()) and net.weight.item() == pytest.approx(0.5 - 0.1 * gradient.item())
+    assert seen["loss"] == pytest.approx(0.5 * 2.5) and seen["repa"] == pytest.approx(0.5 * 25)
+    assert bins[0].tolist() == pytest.approx([0.5, 2.5] + 7 * [0] + [2.0]) and bins[1].tolist() == [1, 2] + 7 * [0] + [1]
+
+
+def test_a_run_follows_its_weights_with_the_decay_asked_for_and_says_what_it_takes(chain, tmp_path, capsys):
+    call(T, chain.stage2, f"--cache {tmp_path}/latents --ema 0.25 --steps 1 --keep 1 --out {tmp_path}/sit")
+    said, held = capsys.readouterr().out, torch.load(tmp_path / "sit/ckpt.pt", weights_only=True)
+    torch.manual_seed(int(V.rng(0, "init").integers(2**31)))
+    start = sit.SiT("T", input_size=8, classes=10).state_dict()
+    for k, v in held["ema"].items():
+        assert torch.allclose(v, 0.25 * start[k] + 0.75 * held["weights"][k], atol=1e-7), k
+    assert any((held["weights"][k] - start[k]).abs().max() > 1e-4 for k in start)
+    assert "latents: 0.00 GiB (" in said and "encoding: about 0.0 minutes" in said
 
 
 def test_repa_resizes_its_teachers_positions_and_clips_at_one(chain, tmp_path, monkeypatch):
@@ -218,7 +313,13 @@ def test_a_finished_run_goes_on_to_more_steps(chain, tmp_path):
     assert same(one["weights"], other["weights"])
 
 
-@pytest.mark.parametrize("more", ["--process dit", "--repa --dino {root}/dino.pth", "--checkpointing --clip 1", "--no-flip --cache {root}/latents-plain"])
+def test_a_cosine_schedule_ends_where_it_was_said_to(chain, tmp_path):
+    call(T, f"{chain.stage2} --schedule cosine --steps 2 --out {tmp_path}/sit")
+    with pytest.raises(ValueError, match="was made with --steps 2, not 4"):
+        call(T, f"{chain.stage2} --schedule cosine --steps 4 --out {tmp_path}/sit")
+
+
+@pytest.mark.parametrize("more", ["--process dit", "--process dit --repa --dino {root}/dino.pth", "--repa --dino {root}/dino.pth", "--checkpointing --clip 1", "--no-flip --cache {root}/latents-plain"])
 def test_every_kind_trains(chain, tmp_path, more):
     call(T, chain.stage2, more.format(root=chain.root), f"--steps 2 --out {tmp_path}/sit")
     assert np.isfinite([json.loads(line)["loss"] for line in open(tmp_path / "sit/log.jsonl")]).all()
