@@ -93,6 +93,8 @@ class DINOv2(nn.Module):
         super().__init__()
         if heads is None and dim % 64:
             raise ValueError(f"dim {dim} is no multiple of 64, so its heads must be given (heads=)")
+        if heads and dim % heads:
+            raise ValueError(f"dim {dim} cannot be shared by {heads} heads")
         self.dim, self.patch, self.registers, self.grid = dim, patch, registers, grid
         self.offset = 0 if registers else 0.1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -370,7 +372,7 @@ def read(source, public, under=None):
 
 def shape(state, key, ndim, where):
     """The shape of a tensor from which a network's sizes are read."""
-    if key not in state or state[key].ndim != ndim:
+    if key not in state or state[key].ndim != ndim or not state[key].numel():
         raise ValueError(f"{where}: no {key} with {ndim} dimensions; another network's file, or another layout?")
     return state[key].shape
 
@@ -382,8 +384,11 @@ def count(state, prefix):
 
 def build(make, state, where):
     """The network that make() makes, with a copy of all of `state`, or ValueError naming the first key that differs."""
-    with torch.device("meta"):                          # no memory and no random numbers before all is known to fit
-        net = make()
+    try:
+        with torch.device("meta"):                      # no memory and no random numbers before all is known to fit
+            net = make()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{where}: its tensors' sizes make no network ({e})") from None
     own = net.state_dict()
     for key, value in own.items():
         if key not in state:

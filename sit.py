@@ -6,6 +6,7 @@ The files of a SiT and of a DiT have the same keys and shapes, so a model carrie
 field, and each process refuses the other's model. The null label is `classes`; labels are dropped by who trains.
 """
 import argparse
+import http.client
 import math
 import re
 from pathlib import Path
@@ -44,7 +45,8 @@ def modulate(x, shift, scale):
 def frequencies(device=None):
     """w_k = 10000^(-k/128), k = 0..127, in float32 whatever the model's dtype, as in the public code.
 
-    Only the exponential is taken in float64: in float32 its last bit, and with it w_k t at t = 999, varies by machine.
+    Only the exponential is taken in float64: the public code's, in float32, differs by machine in its last bit (at k = 12
+    and 106), and with it a DiT's output at t = 999 by some 4e-6.
     """
     exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128
     return exponent.double().exp().float()
@@ -218,8 +220,8 @@ class SiT(nn.Module):
             with torch.device("meta"):
                 model = cls(**read_sizes(state, heads, repa), process="dit" if process == "dit" else "sit")
             check_keys(model.state_dict(), state)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{name}: no SiT or DiT has such sizes: {e}" if type(e) is not ValueError else f"{name}: {e}") from None
         dtype = torch.promote_types(state["pos_embed"].dtype, torch.float32)     # half precision is widened
         model = model.to(dtype).to_empty(device="cpu")
         model.load_state_dict(fold_repa(state) if process == "repa" else state)
@@ -241,7 +243,7 @@ def open_source(source):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 torch.hub.download_url_to_file(url, str(path))                   # to a temporary file, then moved
-        except OSError as e:
+        except (OSError, http.client.HTTPException) as e:
             raise FileNotFoundError(f"{file} is neither in {path.parent} nor to be had from {url} ({e}): "
                                     "put it into that folder") from None
     path = path / "ckpt.pt" if path.is_dir() else path
@@ -258,7 +260,8 @@ def open_source(source):
             raise ValueError(f"{path}: holds {refused[1].rstrip('.,')}, which is never loaded; with the program that "
                              "wrote it, save the tensors alone: torch.save(model.state_dict(), FILE)") from None
         begin = path.open("rb").read(12)
-        raise ValueError(f"{path}: not a whole PyTorch weight file (begins with {begin})") from None
+        raise ValueError(f"{path}: not a whole PyTorch weight file (begins with {begin}); if it was downloaded, delete it "
+                         "and get it again") from None
 
 
 def depth_of(state):
@@ -284,7 +287,7 @@ def read_sizes(state, heads, repa):
                    "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2, "projectors.0.4.weight": 2}.items():
         if key not in state and (repa or "projectors" not in key):
             raise ValueError(f"no key {key}; these are not the weights of a {'REPA-' * bool(repa)}SiT or DiT")
-        if key in state and state[key].ndim != n:
+        if key in state and (state[key].ndim != n or not state[key].numel()):
             raise ValueError(f"{key} has shape {list(state[key].shape)}, {n} dimensions were expected")
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = depth_of(state)

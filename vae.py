@@ -238,7 +238,8 @@ class VAE(nn.Module):
             folder, file, config = find_vae(source)
         state = diffusers_names(read(file))
         name = "the given state dict" if isinstance(file, dict) else str(file)
-        model = cls(**sizes(state, name, config))
+        with torch.device("meta"):                            # no memory before all is known to fit
+            model = cls(**sizes(state, name, config))
         load_state(model, state, name)
         model.folder = folder
         if folder is not None:
@@ -292,9 +293,10 @@ class Align(nn.Module):
     @classmethod
     def load(cls, source):
         """The MLPs that lie in a VAE's folder; raises FileNotFoundError where there are none."""
-        folder = find_vae(source)[0]
-        file = None if folder is None else folder / "align.safetensors"
-        if file is None or not file.is_file():
+        path = Path(source)
+        places = [path.parent] if path.is_file() else [path, path / "vae"]
+        file = next((p / "align.safetensors" for p in places if (p / "align.safetensors").is_file()), None)
+        if file is None:
             raise FileNotFoundError(f"{source}: no align.safetensors beside this VAE, so its latents cannot become DINOv2 "
                                     "features; fit the two MLPs with train_vae.py --train align --init THIS_VAE")
         state = read(file)
@@ -472,11 +474,13 @@ def load_state(model, state, name):
     for key in state:
         if key not in own:
             raise ValueError(f"{name}: holds {key}, which this network has no place for")
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
     model.load_state_dict(state)
 
 
 def fetch(url, name, sha256=None, size=None):
-    """The path of a public file in torch.hub's cache, downloaded first if it is not there; never a partial or wrong file."""
+    """The path of a public file in torch.hub's cache, downloaded first if it is not there; checked where hash or size are known."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / name
     if not path.is_file():
@@ -518,7 +522,8 @@ def load_file(path):
         if refused:
             raise ValueError(f"{path}: holds the Python object {refused[1]}, which is never loaded; with the program that wrote "
                              "the file, save its tensors alone (torch.save of the state dict)") from None
-        raise ValueError(f"{path}: not a readable PyTorch weight file (begins with {path.open('rb').read(12)!r})") from None
+        raise ValueError(f"{path}: not a whole PyTorch weight file (begins with {path.open('rb').read(12)!r}); "
+                         "if it was downloaded, delete it and get it again") from None
 
 
 def checkpoint_of(run, folder, settings, hashes):
@@ -545,9 +550,10 @@ def read_safetensors(path):
     """safetensors: a little-endian uint64 header length, a JSON header, raw tensors. Every offset is checked."""
     raw = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.zeros(0, np.uint8)
     try:
-        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        header = json.loads(raw[8:start].tobytes()) if 8 < start <= len(raw) else None
-        state = {}
+        start, state = 8 + int.from_bytes(raw[:8].tobytes(), "little"), {}
+        if not 8 < start <= len(raw):
+            raise ValueError(f"no header; it begins with {raw[:12].tobytes()!r}")
+        header = json.loads(raw[8:start].tobytes())
         for key, entry in header.items():
             if key != "__metadata__":
                 (a, b), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
@@ -557,7 +563,8 @@ def read_safetensors(path):
                 state[key] = data.view(dtype).view(entry["shape"])
         return state
     except Exception as e:
-        raise ValueError(f"{path}: a damaged or truncated safetensors file ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e}); if it was downloaded, delete it and "
+                         "get it again") from None
 
 
 def write_safetensors(state, path):

@@ -676,6 +676,17 @@ def test_another_networks_file_is_refused(tmp_path, features, heads):
         refused(load, path, "another network's file")
 
 
+def test_sizes_that_no_network_has_are_refused_by_name(tmp_path, features, heads):
+    reg, moge = features.state("reg4"), heads.state("moge")
+    for load, state in ((DINOv2.load, {**reg, "pos_embed": torch.zeros(1, 0, 64)}),
+                        (Depth.load, {**moge, "head.upsample_blocks.0.1.layers.2.weight": torch.zeros(8, 16, 3, 3)}),
+                        (Depth.load, {**moge, "head.upsample_blocks.0.1.layers.2.weight": torch.zeros(8, 0, 3, 3)})):
+        torch.save(state, tmp_path / "odd.pth")
+        refused(load, tmp_path / "odd.pth", "odd.pth: ")
+    with pytest.raises(ValueError, match="dim 64 cannot be shared by 5 heads"):
+        DINOv2(64, 1, heads=5)
+
+
 def test_the_first_wrong_key_is_named(features, heads):
     cases = [(DINOv2.load, features.state("reg4"), "blocks.1.attn.qkv.bias"),
              (Segmenter.load, heads.state("seg"), "bn.running_var"),

@@ -104,11 +104,19 @@ def test_every_kind_of_parameter_moves_the_output_by_more_than_one_percent(g, ne
             assert relative(other(*inputs), full) > 0.01, kind
 
 
-def test_networks_agree_in_float32_with_frequencies_as_they_are():
-    model = golden_net(SIT, "net8.sigma", 8, "sit", torch.float32)
-    close(SIT, "fwd8.sigma.out", "", model(SIT.input("fwd.x8"), SIT.input("fwd.t"), SIT.input("fwd.y"))[:, :4], 5e-6)
-    model = golden_net(DIT, "net8", 8, "dit", torch.float32)
-    close(DIT, "fwd8.out", "", model(DIT.input("fwd.x8"), DIT.input("fwd.t"), DIT.input("fwd.y")), 6e-6)
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("g, network, process", [(SIT, "sigma", "sit"), (SIT, "plain", "sit"), (DIT, "", "dit")])
+def test_networks_agree_in_float32_with_frequencies_as_they_are(g, network, process, size):
+    end = f".{network}" if network else ""
+    model = golden_net(g, f"net{size}{end}", size, process, torch.float32)
+    out = model(g.input(f"fwd.x{size}"), g.input("fwd.t"), g.input("fwd.y"))
+    close(g, f"fwd{size}{end}.out", "", out[:, :4] if process == "sit" else out, 5e-6)
+
+
+def test_a_folded_repa_file_agrees_with_frequencies_as_they_are():
+    for dtype, suffix, tol in ((*SINGLE, 5e-6), (*DOUBLE, 1e-7)):
+        out = golden_net(REPA, "net8", 8, "repa", dtype)(REPA.input("fwd.x8").to(dtype), 1 - REPA.input("fwd.t").to(dtype), REPA.input("fwd.y"))
+        assert np.abs(REPA.pick("fwd8.out", -out.detach()) - REPA["fwd8.out" + suffix]).max() <= tol
 
 
 @pytest.mark.parametrize("dtype, suffix, tol", [(*SINGLE, 5e-6), (*DOUBLE, 1e-7)])
@@ -477,6 +485,19 @@ def test_damaged_files_never_load(tmp_path):
         assert "\n" not in str(e.value) and ("DOCTYPE" in str(e.value)) == (name == "html")
 
 
+@pytest.mark.parametrize("key, value", [("x_embedder.proj.weight", torch.zeros(128, 4, 0, 0)), ("pos_embed", torch.zeros(1, 0, 128)),
+                                        ("final_layer.linear.weight", torch.zeros(0, 128))])
+def test_sizes_that_no_network_has_are_refused_by_name(tmp_path, key, value):
+    torch.save({**a_state(), key: value}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt: ") as e:
+        SiT.load(tmp_path / "odd.pt", process="sit")
+    assert "\n" not in str(e.value)
+    model = SiT("T", input_size=8, classes=3)
+    torch.save({"ema": model.state_dict(), "model": {**model.settings, "heads": "x"}}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt: "):
+        SiT.load(tmp_path / "odd.pt")
+
+
 def test_another_networks_file_is_refused_by_its_first_wrong_key(tmp_path):
     good = a_state()
 
@@ -727,7 +748,7 @@ def test_guidance_by_hand():
     assert mixed[0, 0, 0, 0] == 3 and mixed[1, 0, 0, 0] == out[1, 0, 0, 0]
     net = Counting("sit")
     assert (Guided(net, 1)(x, torch.tensor([.5, .5]), y)[:, 0, 0, 0] == y).all() and net.sizes == [2]
-    with pytest.raises(ValueError, match="--cfg-channels 5: the model predicts 4"):
+    with pytest.raises(ValueError, match="--cfg-channels 5: 1 to 4, which the model predicts"):
         Guided(net, 2, channels=5)
     net.classes = 0
     with pytest.raises(ValueError, match="--cfg 2: the model is unconditional"):

@@ -71,8 +71,8 @@ def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_
 
 def test_a_process_that_comes_late_to_a_small_cache_finds_the_others(chain, tmp_path):
     """One chunk for two processes: the one with nothing to do looks again only after the other is done."""
-    script = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import train_sit, vae; todo = vae.Store.todo\n"
-              "vae.Store.todo = lambda self, run, chunk: (time.sleep(5 * run.rank), todo(self, run, chunk))[1]; vae.main(train_sit.main)")
+    script = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import train_sit, vae; opened = vae.Store.__init__\n"
+              "vae.Store.__init__ = lambda self, run, *a: (opened(self, run, *a), time.sleep(5 * run.rank))[0]; vae.main(train_sit.main)")
     (tmp_path / "late.py").write_text(script)
     run_two(tmp_path / "late.py", f"{ROOT} {chain.stage2} --cache {tmp_path}/latents --steps 1 --out {tmp_path}/sit")
     assert (tmp_path / "sit/0000001.pt").is_file()

@@ -1,4 +1,5 @@
 """vae.py against diffusers, closed forms, golden crops, and files of every layout and kind of damage."""
+import hashlib
 import io
 import json
 import math
@@ -223,7 +224,9 @@ LAYOUTS = {
 def test_every_layout_loads(small, tmp_path, layout):
     LAYOUTS[layout](small.state_dict(), tmp_path)
     (file,) = tmp_path.iterdir()
+    drawn = torch.get_rng_state()
     loaded = V.VAE.load(file)
+    assert torch.equal(torch.get_rng_state(), drawn)             # loading draws no random numbers
     assert loaded.config == small.config and V.fingerprint(loaded) == V.fingerprint(small)
 
 
@@ -247,6 +250,14 @@ def test_a_runs_folder_holds_heads_and_statistics(small, tmp_path):
     assert loaded.info == info and V.fingerprint(loaded) == V.fingerprint(small) and heads.config == align.config
     z = torch.randn(2, 4, 3, 5)
     assert all(torch.equal(a, b) for a, b in zip(heads(z), align(z)))
+    other = tmp_path / "vae/other.safetensors"
+    shutil.copy(tmp_path / "vae/diffusion_pytorch_model.safetensors", other)
+    assert V.Align.load(other).config == align.config
+    (tmp_path / "bare").mkdir()
+    shutil.copy(other, tmp_path / "bare")
+    for source in (tmp_path / "bare", V.VAE.load(tmp_path / "bare/other.safetensors").folder, "sd-vae-ft-ema"):
+        with pytest.raises(FileNotFoundError, match="no align.safetensors beside this VAE"):
+            V.Align.load(source)
 
 
 class Bomb:
@@ -272,8 +283,8 @@ def spoilt(kind, good, path):
     elif kind == "empty":
         path = path / "a.safetensors"
         path.write_bytes(b"")
-    elif kind == "html":
-        path = path / "a.pth"
+    elif kind.startswith("html,"):
+        path = path / f"a.{kind.split()[1]}"
         path.write_bytes(b"<!DOCTYPE html><title>404</title>")
     elif kind == "pickle that runs code":
         path = path / "a.pth"
@@ -294,6 +305,9 @@ def spoilt(kind, good, path):
     elif kind == "no name":
         path = path / "a.pth"
         torch.save({0: torch.zeros(1)}, path)
+    elif kind == "empty tensors that promise much":
+        path = path / "a.pth"
+        torch.save({k: torch.zeros(64000, 0, 3, 3) if ".conv1.weight" in k else v for k, v in V.read(good).items()}, path)
     elif kind in ("a scalar, in", "a scalar, out"):
         path = path / "a.pth"
         name = "post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
@@ -309,15 +323,17 @@ def spoilt(kind, good, path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["truncated safetensors", "offsets outside", "header longer than the file", "empty", "html",
+@pytest.mark.parametrize("kind", ["truncated safetensors", "offsets outside", "header longer than the file", "empty", "html, pth", "html, safetensors",
                                   "pickle that runs code", "truncated pth", "another network", "a key too many", "a key missing",
-                                  "no name", "a scalar, in", "a scalar, out", "html in config", "list in config", "groups in config",
+                                  "no name", "empty tensors that promise much", "a scalar, in", "a scalar, out", "html in config", "list in config", "groups in config",
                                   "html in reals"])
 def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     path = spoilt(kind, folder / "diffusion_pytorch_model.safetensors", tmp_path)
     with pytest.raises(ValueError) as e:
         V.VAE.load(path)
     assert path.name in str(e.value) and "\n" not in str(e.value)
+    if "html," in kind:
+        assert "begins with b'<!DOCTYPE" in str(e.value) and "delete it and get it again" in str(e.value)
     if "key" in kind:
         assert ("extra.weight" if "many" in kind else "decoder.conv_out.bias") in str(e.value)
     if "scalar" in kind:
@@ -361,6 +377,17 @@ def test_a_public_name_comes_from_the_hub_cache_and_is_asked_for_once(small, tmp
         assert loaded.config == small.config and V.fingerprint(loaded) == V.fingerprint(small)
     url = "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors"
     assert asked == [(url, str(tmp_path / "checkpoints" / "sd-vae-ft-ema.safetensors"))]
+
+
+def test_a_download_of_another_hash_is_refused_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "file").write_bytes(b"not what it was")
+    for sha256 in ("0" * 64, "6726825d"):
+        with pytest.raises(FileNotFoundError, match="invalid hash value"):
+            V.fetch((tmp_path / "file").as_uri(), "name.pth", sha256)
+    assert list((tmp_path / "hub/checkpoints").iterdir()) == []
+    digest = hashlib.sha256(b"not what it was").hexdigest()
+    assert V.fetch((tmp_path / "file").as_uri(), "name.pth", digest[:8]).read_bytes() == b"not what it was"
 
 
 def test_a_cached_file_of_another_size_is_refused(tmp_path, monkeypatch):
@@ -587,6 +614,15 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     with pytest.raises(ArithmeticError, match="step 7"):
         V.update([(healthy, fine), (optimizer, net)], 0, 7)
     assert torch.equal(net.weight, before) and torch.equal(fine.weight, kept)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    for clip, moved in ((1.0, 1.0), (0, 5.0), (9.0, 5.0)):
+        net = torch.nn.Linear(2, 1, bias=False)
+        before = net.weight.detach().clone()
+        net.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert V.update([(torch.optim.SGD(net.parameters(), 1.0), net)], clip, 0)[0].item() == pytest.approx(5)
+        assert (before - net.weight).norm().item() == pytest.approx(moved, rel=1e-5) and net.weight.grad is None
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
