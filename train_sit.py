@@ -60,7 +60,7 @@ def flags():
 
 class Cache(torch.utils.data.Dataset):
     """Posterior moments of all images and their mirror images: one memory map, fp16 [N, 2, 2C, h, w] (mean, log variance;
-    [N, 1, ...] without flips). [i, flip] -> mean, logvar [C,h,w] float32. Opened by each loader process for itself."""
+    [N, 1, ...] without flips). [i, flip] -> the posterior, [1,C,h,w] float32. Opened by each loader process for itself."""
 
     def __init__(self, folder, shape, meta):
         self.file, self.shape, self.meta, self.map = folder / "moments.npy", shape, meta, None
@@ -73,7 +73,7 @@ class Cache(torch.utils.data.Dataset):
         if self.map is None:
             self.map = np.load(self.file, mmap_mode="r")
         i, flip = key
-        return torch.from_numpy(self.map[i, flip].astype(np.float32)).chunk(2)
+        return V.Gaussian(torch.from_numpy(self.map[i, flip].astype(np.float32))[None])
 
     def __getstate__(self):
         return {**self.__dict__, "map": None}             # a loader process must not be sent 40 GiB
@@ -82,8 +82,8 @@ class Cache(torch.utils.data.Dataset):
         """Of raw posterior samples of n images: a function of the cache alone, whatever a run's seed."""
         def latents():
             for i in V.rng(0, "subset").permutation(len(self))[:n].tolist():
-                mean, logvar = self[i, 0]
-                yield (mean + (0.5 * logvar).exp() * V.normal(mean.shape, 0, "sample", i))[None]
+                posterior = self[i, 0]
+                yield posterior.sample(V.normal(posterior.mean.shape, 0, "sample", i))
         return V.statistics(latents())
 
 
@@ -181,9 +181,9 @@ class Draws(torch.utils.data.Dataset):
         g = V.rng(a.seed, "noise", step, place)
         flip, drop, t = g.random(3)
         flip = int(flip < 0.5 and not a.no_flip)
-        mean, logvar = self.cache[i, flip]
-        eps, noise = torch.from_numpy(g.standard_normal((2, *mean.shape), dtype=np.float32))
-        x = self.norm.encode(mean + (0.5 * logvar).exp() * eps)
+        posterior = self.cache[i, flip]
+        eps, noise = torch.from_numpy(g.standard_normal((2, *posterior.mean.shape[1:]), dtype=np.float32))
+        x = self.norm.encode(posterior.sample(eps)[0])
         y = self.null if drop < a.drop or not self.null else int(self.cache.labels[i])
         image = torch.empty(0) if self.images is None else self.images.near(i)[0]
         return x, noise, torch.tensor(t), torch.tensor(y), image.flip(-1) if flip else image

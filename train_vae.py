@@ -86,7 +86,7 @@ def hinge(real, fake):
 def align_loss(ours, theirs):
     """Eq. 2: 0.9 (1 - cosine) + 0.1 smooth L1, means over all vectors and elements; features [...,D]."""
     cosine = 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
-    return 0.9 * cosine + 0.1 * F.smooth_l1_loss(ours, theirs)
+    return 0.9 * cosine + 0.1 * F.smooth_l1_loss(ours, theirs)   # Eq. 2
 
 
 def total_loss(terms, gan, perceptual, kl, align):
@@ -94,7 +94,7 @@ def total_loss(terms, gan, perceptual, kl, align):
     zero = 0.0
     pixel = terms.get("mse", zero) + gan * terms.get("gan", zero) + perceptual * terms.get("lpips", zero)   # Eq. 3
     latent = kl * terms.get("kl", zero) + align * terms.get("align", zero)                                  # Eq. 4
-    return pixel + latent                                                                                   # Eq. 5
+    return pixel + latent                                                                                   # Eq. 5, and Eq. 6
 
 
 class Stage1(nn.Module):

@@ -46,8 +46,8 @@ PUBLIC = {  # name: (url, sha256, bytes)
                       "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", 334643276),
 }
 FACTOR = 0.18215                                                                   # DiT's and SiT's latent scale
-SD_VAE = {"mean": 0.292873, "std": 4.58407, "min": -65.730583, "max": 68.317589}   # Eq. 8, Table 10
-PAPER = {"mean": -0.016722, "std": None, "min": -6.862830, "max": 10.762420}       # Eq. 8: the authors' released VAE
+SD_VAE = {"mean": 0.292873, "std": 4.58407, "min": -65.730583, "max": 68.317589}   # the appendix, Table 10
+PAPER = {"mean": -0.016722, "std": None, "min": -6.862830, "max": 10.762420}       # the appendix: the authors' released VAE
 
 
 # ------------------------------------------------------------------------------------------------------- the network
@@ -66,7 +66,7 @@ class Gaussian:
         return (0.5 * self.logvar).exp()
 
     def sample(self, noise=None):
-        """z = mean + std * noise, [B,C,h,w] (Eq. 1); noise is standard normal, drawn here if not given."""
+        """z = mean + std * noise, [B,C,h,w], as Eq. 1 begins; noise is standard normal, drawn here if not given."""
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self):
@@ -327,7 +327,7 @@ class Normalizer:
             ratio = (SD_VAE["max"] - SD_VAE["min"]) / (stats["max"] - stats["min"])
         else:
             ratio = (SD_VAE["std"] if std is None else std / FACTOR) / stats["std"]
-        self.scale = FACTOR * ratio                                        # Eq. 7 (and 8, read backwards in decode)
+        self.scale = FACTOR * ratio
         self.shift = FACTOR * (SD_VAE["mean"] - ratio * stats["mean"])
 
     def encode(self, z):

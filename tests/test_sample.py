@@ -215,8 +215,17 @@ def test_a_diffusions_network_is_not_sampled_as_a_flow(chain, tmp_path):
         call(S, f"--ckpt {tmp_path}/dit.pt --process dit --sampler sde --vae {chain.root}/vae --out {tmp_path}/out")
 
 
-def test_nothing_there_ends_in_one_line_with_what_to_do(tmp_path):
-    for script, words in (("train_vae.py", []), ("train_sit.py", ["--model", "XL"]), ("sample.py", ["--cfg", "1.8"])):
-        done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-        assert done.returncode == 1 and done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("script, words, says", [
+    ("train_vae.py", "", ("imagenet/train: no images here", "--data", "tests/demo.py")),
+    ("train_sit.py", "--model XL", ("out/vae: no VAE here", "train_vae.py")),
+    ("sample.py", "--cfg 1.8", ("--ckpt out/sit: no checkpoint here", "train_sit.py"))])
+def test_nothing_there_ends_in_one_line_with_what_to_do(tmp_path, script, words, says):
+    """Of plain python, and of the first of two processes under torchrun, which adds a report of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for launch in ([], torchrun):
+        done = subprocess.run([sys.executable, *launch, str(ROOT / script), *words.split()], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+        lines = [line for line in done.stderr.splitlines() if line.startswith(f"{script}: ")]
+        assert done.returncode == 1 and len(lines) == 1 and all(part in lines[0] for part in says), done.stderr
+        assert launch or done.stderr.count("\n") == 1
+        assert f'File "{ROOT}' not in done.stderr
     assert list(tmp_path.iterdir()) == []
