@@ -352,7 +352,7 @@ def main():
     run.print(f"{args.process} {args.model}: {sum(p.numel() for p in net.parameters()):,} parameters, {len(cache):,} images, "
               f"{net.classes} classes, {args.steps:,} steps of {args.batch}, {run.world} process(es), {args.dtype} on {run.device.type}")
     run.catch_stop()
-    bar, log = run.bar(args.steps * args.batch, "stage 2", initial=start * args.batch), V.Log(run, args)
+    bar, log = run.bar(args.steps * args.batch, "stage 2", initial=start * args.batch), V.Log(run, args, start)
     bins = torch.zeros(2, 10, dtype=torch.float64, device=run.device)
     for step in range(start, args.steps):
         log.add(train_step(args, step, batches, model, net, objective, optimizer, bins))

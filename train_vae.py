@@ -90,7 +90,7 @@ def align_loss(ours, theirs):
 
 
 def total_loss(terms, gan, perceptual, kl, align):
-    """Eq. 6 from its raw terms (those of weight 0 are absent)."""
+    """Eq. 6 from its raw terms (those whose networks are left out are absent)."""
     zero = 0.0
     pixel = terms.get("mse", zero) + gan * terms.get("gan", zero) + perceptual * terms.get("lpips", zero)   # Eq. 3
     latent = kl * terms.get("kl", zero) + align * terms.get("align", zero)                                  # Eq. 4
@@ -182,9 +182,10 @@ def reconstruct(stage1, x):
 
 @torch.no_grad()
 def picture(stage1, losses, x, path):
-    """A PNG: originals, reconstructions, and in DINOv2's three-colour PCA the aligned latents above DINOv2's own features."""
+    """A PNG: originals, reconstructions, and in DINOv2's three-colour PCA the aligned latents above DINOv2's own features
+    (none where patches are not aligned)."""
     rows = [V.to_uint8(x), V.to_uint8(reconstruct(stage1, x)[0])]
-    if stage1.align is not None:
+    if stage1.align is not None and losses.wanted["patch"]:
         ours, theirs = stage1.align(stage1.vae.encode(x).mean)[0], losses.targets(x)[0]
         basis = V.pca(theirs)[1]
         for tokens in (ours, theirs):
@@ -195,15 +196,17 @@ def picture(stage1, losses, x, path):
 
 
 @torch.no_grad()
-def latent_statistics(stage1, losses, images, args, run, n=10000):
-    """Statistics of sampled raw latents of n images drawn by the seed (Table 10)."""
+def latent_statistics(stage1, losses, images, args, run, bad, n=10000):
+    """Statistics of sampled raw latents of n images drawn by the seed (Table 10); unreadable files' indices go into bad."""
     chosen = V.rng(args.seed, "subset").permutation(len(images))[:n][run.rank::run.world]
     bar = run.bar(len(chosen), "latent statistics")
 
     def latents():
         for at in range(0, len(chosen), 32):
             part = [int(i) for i in chosen[at:at + 32]]
-            x = torch.stack([images.near(i)[0] for i in part])
+            found = [images.near(i) for i in part]
+            bad.extend(i for *_, unread in found for i in unread)
+            x = torch.stack([image for image, *_ in found])
             posterior = stage1.vae.encode(V.from_uint8(x).to(losses.device, losses.dtype))
             noise = torch.stack([V.normal(posterior.mean.shape[1:], args.seed, "sample", i) for i in part])
             bar.update(len(part))
@@ -288,7 +291,7 @@ def train_step(args, step, batches, model, disc, losses, optimizers):
 
 def finish(args, run, stage1, losses, images, bad):
     """The folder that stage 2, metrics and other people need, and what to run next."""
-    stats = latent_statistics(stage1, losses, images, args, run)
+    stats = latent_statistics(stage1, losses, images, args, run, bad)
     info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats, "features": args.features,
             "kl": None if stage1.frozen else args.kl,
             "align": None if stage1.align is None else stage1.align.config,
@@ -337,7 +340,7 @@ def main():
     run.print(f"{len(images):,} images, {sum(p.numel() for p in trained):,} parameters, {args.steps:,} steps of {args.batch}, "
               f"{run.world} process(es), {args.dtype} on {run.device.type}")
     run.catch_stop()
-    bar, log = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args)
+    bar, log = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args, start)
     for step in range(start, args.steps):
         seen, unread = train_step(args, step, batches, model, critic, losses, optimizers)
         log.add(seen)

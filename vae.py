@@ -200,9 +200,11 @@ class VAE(nn.Module):
         self.config = {"ch": ch, "mult": list(mult), "blocks": blocks, "z_channels": z_channels,
                        "groups": groups or min(32, ch)}
         self.z_channels, self.f = z_channels, 2 ** (len(mult) - 1)
-        widths = [round(ch * m) for m in mult]
-        self.encoder = Encoder(widths, blocks, z_channels, self.config["groups"])
-        self.decoder = Decoder(widths, blocks, z_channels, self.config["groups"])
+        widths, groups = [round(ch * m) for m in mult], self.config["groups"]
+        if any(w % groups for w in widths):
+            raise ValueError(f"widths {widths} (--ch times --mult) are no multiples of {groups} norm groups")
+        self.encoder = Encoder(widths, blocks, z_channels, groups)
+        self.decoder = Decoder(widths, blocks, z_channels, groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         self.begin()
@@ -292,13 +294,15 @@ class Align(nn.Module):
 
     @classmethod
     def load(cls, source):
-        """The MLPs that lie in a VAE's folder; raises FileNotFoundError where there are none."""
+        """The MLPs that lie in a VAE's folder; FileNotFoundError where there are none, ValueError where they are untrained."""
         path = Path(source)
         places = [path.parent] if path.is_file() else [path, path / "vae"]
         file = next((p / "align.safetensors" for p in places if (p / "align.safetensors").is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{source}: no align.safetensors beside this VAE, so its latents cannot become DINOv2 "
                                     "features; fit the two MLPs with train_vae.py --train align --init THIS_VAE")
+        if read_json(file.with_name("reals.json"), {}).get("features") == "cls":
+            raise ValueError(f"{file}: of a run with --features cls, so its patch MLP was never trained")
         state = read(file)
         linears = [v for k, v in state.items() if k.startswith("patch.") and k.endswith("weight")]   # in the order of the layers
         if not linears or any(v.ndim != 2 for v in linears):
@@ -538,7 +542,8 @@ def checkpoint_of(run, folder, settings, hashes):
         for what, value in hashes.items():
             if ckpt[what] != value:
                 raise ValueError(f"{path} was made with another {what}; another --out starts anew")
-        run.print(f"{path}: going on from step {ckpt['step']}")
+        changed = [f", --{k} {settings[k]} in place of {ckpt['settings'][k]}" for k in ("clip", "dtype") if settings[k] != ckpt["settings"][k]]
+        run.print(f"{path}: going on from step {ckpt['step']}" + "".join(changed))
     return ckpt
 
 
@@ -672,7 +677,8 @@ class Images(torch.utils.data.Dataset):
         """sha256 of the sorted relative paths and byte sizes as they are at the first call."""
         h = hashlib.sha256()
         for p in self.paths:
-            h.update(f"{p}\0{(self.root / p).stat().st_size}\n".encode())
+            size = (self.root / p).stat().st_size if (self.root / p).exists() else -1      # a dead link is a bad file like others
+            h.update(f"{p}\0{size}\n".encode())
         return h.hexdigest()
 
 
@@ -844,9 +850,13 @@ class Run:
 class Log:
     """Means over the steps and ranks between two log lines; each line is printed, and appended to log.jsonl."""
 
-    def __init__(self, run, args):
+    def __init__(self, run, args, start):
         self.run, self.batch, self.file = run, args.batch, Path(args.out) / "log.jsonl"
         self.sums, self.count, self.since = {}, 0, time.time()
+        if run.main and self.file.is_file():     # lines after the checkpoint, of steps that are made again, would stand twice
+            lines = self.file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            self.file.write_text("".join(kept))
 
     def add(self, seen):
         self.count += 1
@@ -971,6 +981,9 @@ def default_dtype(run):
 
 def settle(args, run):
     """Completes and checks the shared flags: dtype by the device; --micro, whole micro-batches in equal shares."""
+    for name in ("steps", "epochs", "batch", "micro", "log_every", "save_every", "picture_every", "keep"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: 1 at least")
     args.dtype = args.dtype or default_dtype(run)
     args.micro = args.micro or max(args.batch // run.world, 1)
     if args.batch % (run.world * args.micro):
@@ -979,7 +992,8 @@ def settle(args, run):
 
 
 FREE = {"micro", "accumulate", "workers", "log_every", "save_every", "picture_every", "compile", "keep", "checkpointing",
-        "out", "data", "val", "vae", "cache", "stats"}  # may change when a run goes on: speed, and places (what lies there is hashed)
+        "out", "data", "val", "vae", "cache", "stats",   # may change when a run goes on: speed, places (what lies there is hashed),
+        "clip", "dtype"}                                 # and what helps one that met a gradient without end
 
 
 def same_settings(path, old, new):
@@ -1004,7 +1018,7 @@ def update(pairs, clip, step):
     norms = [nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf) for _, model in pairs]
     if not torch.isfinite(torch.stack(norms)).all():
         raise ArithmeticError(f"step {step}: the gradient is not finite; the weights were left as they were. "
-                              "The last checkpoint is whole; a lower --lr, --clip 1 or --dtype fp32 may help")
+                              "The last checkpoint is whole; the same command with --clip 1 or --dtype fp32 may get past it")
     for optimizer, _ in pairs:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

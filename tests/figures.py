@@ -222,13 +222,13 @@ def attention(args, run):
     images = torch.stack([data[int(i)][0] for i in V.rng(args.seed, "subset").permutation(len(data))[:args.num]])
     columns, titles = [images.clone()], ["image, token"]
     for name in args.vae:
-        z = means(name, [(x, None) for x in images], run)
+        z, model = means(name, [(x, None) for x in images], run), V.VAE.load(name)
         h, w = z.shape[-2:]
         row, column = args.token or (h // 2, w // 2)
         if not (0 <= row < h and 0 <= column < w):
             raise ValueError(f"--token {row} {column}: {name} has {h} x {w} of them, counted from 0")
         views, f = {"latents": z.flatten(2).transpose(1, 2)}, args.size // h
-        if Path(V.VAE.load(name).folder or "", "align.safetensors").is_file():
+        if Path(model.folder or "", "align.safetensors").is_file() and model.info.get("features") != "cls":
             views["features"] = V.Align.load(name).to(run.device)(z)[0]
         for kind, vectors in views.items():
             columns.append(heat(similarity(vectors, row * w + column).unflatten(1, (h, w)), images))

@@ -1,15 +1,18 @@
 """Stage 1: each loss term against an independent computation, where gradients go, and how a run resumes."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import shapes
 import train_vae as T
@@ -86,7 +89,7 @@ class Args:
 
 
 class Teacher(torch.nn.Module):
-    """Stands in for DINOv2, and remembers how it was asked."""
+    """Stands in for DINOv2, with other features for each image and place, and remembers how it was asked."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +97,8 @@ class Teacher(torch.nn.Module):
 
     def targets(self, x, grid):
         self.grad_was_on = torch.is_grad_enabled()
-        return torch.ones(len(x), grid * grid, 6) * self.weight, torch.ones(len(x), 6) * self.weight
+        g = torch.Generator().manual_seed(grid)
+        return torch.randn(len(x), grid * grid, 6, generator=g) * self.weight, torch.randn(len(x), 6, generator=g) * self.weight
 
 
 def losses(features="both", disc=None, lpips=None, dtype="fp32"):
@@ -153,6 +157,21 @@ def test_terms_are_the_textbook_ones():
     assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
 
 
+def test_alignment_compares_the_sampled_latents_features_with_the_teachers_place_by_place():
+    """Eq. 1 and 2 from torch's own pieces: both MLPs read z = mean + std * noise, the cls MLP its mean over the places."""
+    stage1, dino, loss = losses()
+    x, noise = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 4, 16, 16)
+    terms, _, q = loss(stage1, x, noise)
+    z, (patch, cls) = q.mean + q.std * noise, dino.targets(x, 16)
+
+    def eq2(ours, theirs):
+        return 0.9 * (1 - F.cosine_similarity(ours, theirs, -1)).mean() + 0.1 * F.smooth_l1_loss(ours, theirs)
+    expected = {"patch": eq2(stage1.align.patch(z.flatten(2).transpose(1, 2)), patch), "cls": eq2(stage1.align.cls(z.mean((2, 3))), cls)}
+    for name, value in (*expected.items(), ("align", sum(expected.values()))):
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    assert abs(eq2(stage1.align.patch(z.flatten(2).transpose(1, 2)), patch.flip(1)) - expected["patch"]) > 1e-4
+
+
 def test_the_generators_terms_are_the_networks_own_words():
     disc, net = T.PatchGAN(8), thin_lpips()
     stage1, _, loss = losses(disc=disc, lpips=net)
@@ -181,13 +200,20 @@ def test_under_bf16_every_loss_is_counted_in_float32():
 def test_the_generator_hears_the_discriminator_from_gan_start_on():
     for step, weight in ((1, 0.0), (2, 0.7)):
         disc = T.PatchGAN(8)
-        stage1, _, loss = losses(disc=disc)
-        args = SimpleNamespace(gan=0.7, gan_start=2, perceptual=0, kl=0.5, align=0.25, accumulate=1, clip=0, lr=1e-3, warmup=0, schedule="constant", steps=9)
+        stage1, _, loss = losses(disc=disc, lpips=thin_lpips())
+        args = SimpleNamespace(gan=0.7, gan_start=2, perceptual=3.0, kl=0.5, align=0.25, accumulate=1, clip=0, lr=1e-3, warmup=0, schedule="constant", steps=9)
         batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.randn(2, 4, 16, 16), []
         optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (stage1, disc)]
-        before = disc.main[0].weight.clone()
+        before, x = disc.main[0].weight.clone(), V.from_uint8(batch[0])
+        q = stage1.vae.encode(x)
+        z = q.sample(batch[1])
+        real, fake = disc(x), disc(stage1.vae.decode(z))
+        expected = {"real": real.mean(), "fake": fake.mean(), "disc": 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()),
+                    "z mean": z.mean(), "z std": z.std(), "posterior std": q.std.mean()}
         seen, _ = T.train_step(args, step, iter([batch]), stage1, disc, loss, optimizers)
-        assert seen["loss"].item() == pytest.approx((seen["mse"] + weight * seen["gan"] + 0.5 * seen["kl"] + 0.25 * seen["align"]).item(), rel=1e-5)
+        loss = seen["mse"] + weight * seen["gan"] + 3 * seen["lpips"] + 0.5 * seen["kl"] + 0.25 * seen["align"]
+        assert seen["loss"].item() == pytest.approx(loss.item(), rel=1e-5) and seen["lpips"] > 1e-4
+        assert all(seen[k].item() == pytest.approx(v.item(), rel=1e-4, abs=1e-5) for k, v in expected.items())
         assert abs(seen["gan"]) > 1e-3 and not torch.equal(disc.main[0].weight, before)     # it learns before it is heard
 
 
@@ -205,6 +231,76 @@ def test_a_run_leaves_a_folder_that_diffusers_reads(chain):
     lines = [json.loads(line) for line in open(chain.root / "vae/log.jsonl")]
     assert [line["step"] for line in lines] == [2, 4]
     assert {"mse", "kl", "gan", "align", "disc", "real", "fake", "z std", "posterior std", "grad norm", "PSNR", "img/s"} <= set(lines[0])
+
+
+def test_the_folder_says_of_the_latents_what_they_are(chain):
+    """Table 10's numbers of the saved VAE's sampled latents, and the log's last PSNR, once more from the files."""
+    info, vae, data = json.loads((chain.root / "vae/vae/reals.json").read_text()), V.VAE.load(chain.root / "vae"), V.Images(chain.data, 32)
+    with torch.no_grad():
+        q = vae.encode(V.from_uint8(torch.stack([data[i][0] for i in range(60)])))
+        z = q.mean + q.std * torch.stack([V.normal((4, 8, 8), 0, "sample", i) for i in range(60)])
+        x = V.from_uint8(torch.stack([data[int(i)][0] for i in V.rng(0, "subset", 1).permutation(60)[:8]]))
+        error = ((vae.decode(vae.encode(x).mean).clamp(-1, 1) - x) / 2).square().mean((1, 2, 3))
+    found = [info["latents"][k] for k in ("mean", "std", "min", "max")]
+    assert found == pytest.approx([z.mean().item(), z.std(correction=0).item(), z.min().item(), z.max().item()], rel=1e-4)
+    line = json.loads((chain.root / "vae/log.jsonl").read_text().splitlines()[-1])
+    assert line["PSNR"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3) and line["lr"] == pytest.approx(V.learning_rate(
+        SimpleNamespace(lr=5e-5, warmup=0, schedule="cosine", steps=4), 3))
+
+
+def test_optimisers_and_defaults_are_those_that_the_readme_states(chain, monkeypatch):
+    """Table 1 and the appendix's weights; the discriminator has LDM's betas and no decay."""
+    vae, disc = (o["param_groups"][0] for o in torch.load(chain.root / "vae/ckpt.pt", weights_only=True)["optimizers"])
+    assert (list(vae["betas"]), vae["weight_decay"], list(disc["betas"]), disc["weight_decay"]) == ([0.9, 0.999], 0.01, [0.5, 0.9], 0)
+    assert vae["lr"] == disc["lr"] > 0
+    monkeypatch.setattr(sys, "argv", ["train_vae.py"])
+    a = T.flags()
+    assert (a.gan, a.perceptual, a.kl, a.align, a.lr, a.schedule, a.batch, a.epochs, a.size) == (0.1, 1.0, 2e-5, 1.0, 5e-5, "cosine", 64, 10, 256)
+    assert (a.init, a.dino, a.features, a.align_layers, a.align_hidden, a.warmup, a.clip) == ("sd-vae-ft-ema", "vitl14_reg", "both", 2, None, 0, 0)
+
+
+def test_half_of_the_images_are_mirrored_by_their_key(chain):
+    data, args = V.Images(chain.data, 32), SimpleNamespace(batch=60, seed=3)
+    x, noise, bad = T.Draws(data, (4, 8, 8), args)[1, range(60)]
+    mirrored = 0
+    for place in range(60):
+        image, flip = data[V.order(3, 60, 60 + place)][0], V.rng(3, "flip", 1, place).random() < 0.5
+        assert torch.equal(x[place], image.flip(-1) if flip else image) and torch.equal(noise[place], V.normal((4, 8, 8), 3, "noise", 1, place))
+        mirrored += flip
+    assert 15 < mirrored < 45 and not bad
+
+
+def test_a_picture_shows_originals_reconstructions_our_features_and_the_teachers(chain, tmp_path):
+    stage1, dino, loss = losses()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    T.picture(stage1, loss, x, tmp_path / "a.png")
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)
+    assert sheet.shape == (3, 4 * 34 + 2, 2 * 34 + 2)
+    tile = lambda row, column: sheet[:, 2 + 34 * row:34 + 34 * row, 2 + 34 * column:34 + 34 * column]   # noqa: E731
+    with torch.no_grad():
+        q, theirs = stage1.vae.encode(x), dino.targets(x, 16)[0]
+        colours = [V.pca(f, V.pca(theirs)[1])[0] for f in (stage1.align(q.mean)[0], theirs)]
+        for column in range(2):
+            assert torch.equal(tile(0, column), V.to_uint8(x[column])) and torch.equal(tile(1, column), V.to_uint8(stage1.vae.decode(q.mean)[column].clamp(-1, 1)))
+            for row, c in zip((2, 3), colours):
+                assert (tile(row, column)[:, ::2, ::2].flatten(1).T / 255 - c[column]).abs().max() < 0.01
+
+
+def test_a_patch_mlp_that_was_never_trained_is_not_read(chain, tmp_path):
+    call(T, f"{chain.stage1} --features cls --gan 0 --steps 1 --picture-every 1 --out {tmp_path}")
+    assert Image.open(tmp_path / "pictures/0000001.png").height == 2 * 34 + 2
+    with pytest.raises(ValueError, match="features cls, so its patch MLP was never trained"):
+        V.Align.load(tmp_path)
+
+
+def test_a_log_of_steps_that_were_lost_does_not_say_them_twice(chain, tmp_path):
+    """A kill between checkpoint and log line, the last one half written; and a run that met an endless gradient goes on clipped."""
+    shutil.copytree(chain.root / "vae", tmp_path / "vae")
+    ckpt = torch.load(tmp_path / "vae/ckpt.pt", weights_only=True)
+    torch.save({**ckpt, "step": 2}, tmp_path / "vae/ckpt.pt")
+    (tmp_path / "vae/log.jsonl").write_text((tmp_path / "vae/log.jsonl").read_text() + '{"step": 6, "ms')
+    call(T, f"{chain.stage1} --steps 4 --clip 1 --out {tmp_path}/vae")
+    assert [json.loads(line)["step"] for line in open(tmp_path / "vae/log.jsonl")] == [2, 4]
 
 
 def same(a, b):
@@ -301,7 +397,7 @@ def test_micro_batches_and_processes_give_the_same_run(chain, tmp_path):
               f"--batch 8 --steps 4 --log-every 1 --dtype fp64 --align-hidden 32"
     call(T, command, f"--out {tmp_path}/one")
     call(T, command, f"--micro 2 --out {tmp_path}/micro")
-    run_two("train_vae.py", f"{command} --out {tmp_path}/two")
+    run_two("train_vae.py", f"{command} --micro 2 --out {tmp_path}/two")          # two processes of two micro-batches each
     one, *others = (logged(tmp_path / name, "mse", "kl", "patch", "cls", "loss", "grad norm") for name in ("one", "micro", "two"))
     assert all(((other - one) / one).abs().max() < 1e-9 for other in others)
     with pytest.raises(ValueError, match="--micro 3"):
@@ -332,8 +428,10 @@ def test_one_process_and_two_agree_for_three_hundred_steps(chain, tmp_path, gan,
 def test_one_bad_file_is_left_out_and_named(chain, tmp_path, capsys):
     shapes.write(tmp_path / "data", 20, 32, 5)
     next((tmp_path / "data/00_disk").iterdir()).write_bytes(b"not a picture")
+    (tmp_path / "data/01_ring/gone.png").symlink_to(tmp_path / "nowhere.png")
     call(T, f"--data {tmp_path}/data --val {chain.data} --size 32 {chain.small} --features none --gan 0 --perceptual 0 --batch 10 --steps 2 --out {tmp_path}/vae")
-    assert "1 unreadable files were left out: 00_disk/" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 unreadable files were left out: 00_disk/" in said and "01_ring/gone.png" in said
 
 
 def test_bad_files_are_remembered_by_a_run_that_goes_on(chain, tmp_path, capsys, monkeypatch):
