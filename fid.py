@@ -169,7 +169,8 @@ class Inception(nn.Module):
         return tuple(map(torch.cat, zip(*map(self.look, parts))))
 
     def look(self, x):
-        x = (resize_tf1(x.to(self.fc.weight.dtype), 299) - 128) / 128                # [B, 3, 299, 299]
+        wide = torch.promote_types(self.fc.weight.dtype, torch.float32)              # bf16 cannot tell pixels' places apart
+        x = ((resize_tf1(x.to(wide), 299) - 128) / 128).to(self.fc.weight.dtype)     # [B, 3, 299, 299]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))            # [B, 64, 147, 147]
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["halve"](x)))                # [B, 192, 71, 71]
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(POOLS["halve"](x))))           # [B, 288, 35, 35]
@@ -211,9 +212,11 @@ class LPIPS(nn.Module):
         another one the five layers averaged."""
         lin = "lpips" if lin is None and vgg in (None, "vgg16") else lin
         state, name = weights("vgg16" if vgg is None else vgg)
-        lacking = [k for k in (f"features.{i}.weight" for i in cls.convs) if k not in state]
-        if lacking:
-            raise ValueError(f"{name}: not a VGG16: no tensor {lacking[0]}")
+        for key in (f"features.{i}.weight" for i in cls.convs):
+            if key not in state:
+                raise ValueError(f"{name}: not a VGG16: no tensor {key}")
+            if state[key].ndim != 4 or not len(state[key]):
+                raise ValueError(f"{name}: {key} is {tuple(state[key].shape)}, expected the 4 dimensions of a convolution")
         net = cls([len(state[f"features.{i}.weight"]) for i in cls.convs])
         vae.load_state(net.features, {k[9:]: v for k, v in state.items() if k.startswith("features.")}, name)
         if lin is not None:
@@ -333,7 +336,7 @@ def exact():
 
 
 def npz_array(path, name):
-    """An array of an npz file: mapped, not read, where it is uint8 and stored plain (as np.savez does)."""
+    """An array of an npz file: mapped, not read, where it is uint8 and stored plain (np.savez); a compressed one is read whole."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as f:
@@ -414,13 +417,13 @@ def batches(images, micro, run, desc):
 
 class Statistics:
     """What n images are reduced to in the features of one network (`space`): .moments, (mu [D], sigma [D,D]) of each
-    feature set; .score (Inception Score), .accuracy, .features [n,D], where asked for and possible, else None. Batches
-    are added as float64 sums; finish merges the processes' sums."""
+    feature set (n None: of how many images is not known); .score (Inception Score), .accuracy, .features [n,D], where
+    asked for and possible, else None. Batches are added as float64 sums; finish merges the processes' sums."""
 
     arrays = (("mu", "sigma"), ("mu_s", "sigma_s"))   # their names in ADM's npz files
 
     def __init__(self, name, space="", n=None, labels=None, keep=False):
-        self.name, self.space, self.n, self.keep = name, space, n, keep
+        self.name, self.space, self.n, self.keep, self.sizes = name, space, n, keep, []
         self.labels = None if labels is None else torch.as_tensor(labels).cpu()
         self.moments, self.score, self.accuracy, self.features, self.sums, self.held = [], None, None, None, {}, {}
 
@@ -437,7 +440,12 @@ class Statistics:
     def add(self, places, outputs):
         """A batch: where its images stand in the set [B], and what the network made of them: (features [B,D], probs
         [B,K] or None), or (features, more features, probs)."""
+        if not isinstance(outputs, (tuple, list)) or len(outputs) < 2:
+            raise ValueError(f"{self.name}: the network gives no pair of features [B,D] and probabilities [B,K] or None")
         *sets, probs = outputs
+        if probs is not None and not ((probs >= 0).all() and ((probs.double().sum(1) - 1).abs() < 1e-2).all()):
+            raise ValueError(f"{self.name}: the network's probabilities are negative or do not sum to 1; are they logits?")
+        self.sizes = [f.shape[1] for f in sets]
         self.tally("count", torch.tensor(len(places)))
         for k, f in enumerate(sets):
             if not f.isfinite().all():
@@ -471,10 +479,10 @@ class Statistics:
         return self
 
     def same_space(self, other):
-        """Raises ValueError where two statistics are of different features."""
-        a, b = ([len(mu) for mu, _ in s.moments] for s in (self, other))
-        if any(x != y for x, y in zip(a, b)) or (self.space and other.space and self.space != other.space):
-            said = [" + ".join(map(str, sizes)) for sizes in (a, b)]
+        """Raises ValueError where two are of different features. A space's name may lack words, or all of them (ADM)."""
+        pairs = [*zip(self.sizes, other.sizes), *zip(self.space.split(), other.space.split())]
+        if any(x != y for x, y in pairs):
+            said = [" + ".join(map(str, s.sizes)) or "any" for s in (self, other)]
             raise ValueError(f"{self.name}: statistics of another feature space ({said[0]} features, "
                              f"{self.space or 'unnamed'}) than {other.name} ({said[1]}, {other.space or 'unnamed'})")
 
@@ -493,13 +501,15 @@ class Statistics:
                     if cov.shape != (mean.size, mean.size) or not np.isfinite(cov).all() or not np.isfinite(mean).all():
                         raise ValueError(f"{path}: {mu} and {sigma} are no finite mean [D] and covariance [D,D]")
                     self.moments.append((torch.from_numpy(mean), torch.from_numpy(cov)))
+                    self.sizes.append(mean.size)
         return self
 
 
 @exact()
-def measure(net, source, labels=None, space="", size=None, keep=True, micro=64, run=None):
+def measure(net, source, labels=None, space="", size=None, keep=True, micro=64, run=None, like=()):
     """Statistics of an image set (open_set says which) in net's features; keep: these, too, for precision and recall.
-    A file's own mu and sigma are used where it has them; its images then serve precision and recall alone (ADM)."""
+    A file's own mu and sigma are used where it has them; its images then serve precision and recall alone (ADM). like:
+    Statistics that must be of the same features, which the first batch shows."""
     run = run or vae.Run()
     images, known = open_set(source, size)
     if images is None or (known is not None and not keep):
@@ -510,10 +520,12 @@ def measure(net, source, labels=None, space="", size=None, keep=True, micro=64, 
     result = Statistics(name, space, len(images), labels, keep)
     for places, x in batches(images, micro, run, Path(name).name):
         result.add(places, net(x))
+        for other in [*like, known] if known else like:
+            other.same_space(result)
     result.finish(run)
     if known is None:
         return result
-    known.n, known.score, known.accuracy, known.features = result.n, result.score, result.accuracy, result.features
+    known.score, known.accuracy, known.features = result.score, result.accuracy, result.features   # n stays the moments'
     return known
 
 
@@ -530,7 +542,8 @@ def evaluate(net, samples, reference, labels=None, k=3, space="", size=None, mic
     names as labelled). Under torchrun the processes share the work, and all return the same."""
     run = run or vae.Run()
     how = dict(space=space, size=size, keep=k > 0, micro=micro, run=run)
-    real, fake = measure(net, reference, **how), measure(net, samples, labels, **how)
+    real = measure(net, reference, **how)
+    fake = measure(net, samples, labels, **how, like=[real])
     real.same_space(fake)
     out = {"n": fake.n}
     for name, one, two in zip(("fd", "sfd"), fake.moments, real.moments):
@@ -551,7 +564,7 @@ def evaluate(net, samples, reference, labels=None, k=3, space="", size=None, mic
 def augmentations(scale=(0.08, 1), ratio=(3 / 4, 4 / 3), kernel=None, sigma=(0.1, 2)):
     """Table 2's five augmentations: name -> function of (image [3,H,W] in [0,1], generator) that makes two views of it.
     The paper names no strengths; these are the self-supervised field's. Flip and grayscale compare the image with its
-    mirror image and its gray version. kernel: the blur's in pixels; default 23 at 224 to 256 px, else in proportion."""
+    mirror image and its gray version. kernel: the blur's in pixels; default 23 at 224-256 px, in proportion else, 3 at least."""
     def crop(x, draw):
         _, h, w = x.shape
         for _ in range(10):
@@ -566,7 +579,7 @@ def augmentations(scale=(0.08, 1), ratio=(3 / 4, 4 / 3), kernel=None, sigma=(0.1
 
     def blur(x, draw):
         size = min(x.shape[1:])
-        odd = kernel or 2 * round((23 * size / min(max(size, 224), 256) - 1) / 2) + 1
+        odd = kernel or max(3, 2 * round((23 * size / min(max(size, 224), 256) - 1) / 2) + 1)
         return TF.gaussian_blur(x, odd, draw.uniform(*sigma))
 
     def gray(x):
@@ -641,7 +654,7 @@ def reconstruct(model, images, seed, micro, run, name, lpips=None, inception=Non
     """Every image through the VAE by a posterior sample, its noise drawn from (seed, place) -> {ROWS: [N], a number per
     image}, Statistics of the reconstructions (None without Inception), the first posterior means [keep, C, h, w]."""
     rows, latents = torch.zeros(len(images), len(ROWS), dtype=torch.float64), None
-    made = Statistics(name, "inception", len(images)) if inception else None
+    made = Statistics(name, n=len(images)) if inception else None
     for places, x in batches(images, micro, run, name):
         if x.shape[2] % model.f or x.shape[3] % model.f:
             raise ValueError(f"{name}: needs sides in multiples of {model.f}, not {tuple(x.shape[2:])}; see --size")
@@ -680,26 +693,45 @@ def flags():
     p.add_argument("--probe", action="store_true", help="linear-probe accuracy of the latents; needs classes")
     p.add_argument("--vgg", default="vgg16", help="LPIPS's weight file in torchvision's layout (default: the public one); none: no LPIPS")
     p.add_argument("--lpips", help="its linear layers; default: the public ones with the public VGG, else none")
-    p.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1), help="Table 2: the crop's share of area,")
-    p.add_argument("--crop-ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="its aspect ratio,")
+    p.add_argument("--crop-scale", type=float, nargs=2, default=[0.08, 1], help="Table 2: the crop's share of area,")
+    p.add_argument("--crop-ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="its aspect ratio,")
     p.add_argument("--blur-kernel", type=int, help="the blur's kernel in pixels (default: 23 at 256 px),")
-    p.add_argument("--blur-sigma", type=float, nargs=2, default=(0.1, 2), help="its width in pixels")
+    p.add_argument("--blur-sigma", type=float, nargs=2, default=[0.1, 2], help="its width in pixels")
     p.add_argument("--size", type=int, help="center crop of folders (default: 256 for --data, else none)")
     p.add_argument("--num", "--num-images", type=int, help="how many images each of SAMPLES must hold, or how many of --data to take")
     p.add_argument("--micro", type=int, default=32, help="images a process holds at once; lower it if memory runs out")
     p.add_argument("--seed", type=int, default=0, help="draws images, noise and views for --vae")
     p.add_argument("--out", metavar="FILE", help="default: results.json beside SAMPLES, or in the VAE's folder")
-    return p.parse_args()
+    args = p.parse_args()
+    side, least, kernel = 256 if args.size is None else args.size, 7 if args.vae else 1, args.blur_kernel
+    for wrong, line in (
+            (args.vae and (args.samples or args.ref or args.save_stats or args.features != "inception"),
+             "--vae is measured on --data, without SAMPLES, --ref, --save-stats and --features"),
+            (not args.vae and (args.data or args.probe or args.inception == "none"),
+             "--data, --probe and --inception none go with --vae"),
+            (args.micro < 1 or (args.num is not None and args.num < 1), "--num and --micro are 1 at least"),
+            (side < least, f"--size is {least} at least" + ", the window of SSIM" * (least > 1)),
+            (kernel is not None and not (kernel % 2 and 0 < kernel < 2 * side),
+             f"--blur-kernel is odd and less than twice the image's {side} px")):
+        if wrong:
+            p.error(line)
+    return args
 
 
 def results(name, value, args, run):
-    """Adds what was measured, on what and how, to results.json; an entry of the same name is replaced."""
+    """Adds what was measured, on what and how, to results.json; an entry of the same name is replaced, and a line says so
+    if it was measured otherwise."""
     source = Path((args.samples or args.vae)[0])
     path = Path(args.out) if args.out else (source if source.is_dir() else source.parent) / "results.json"
     if run.main:
         book = vae.read_json(path, {})
         device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        old = book.get(name, {}).get("settings", {})
+        was = [f"{k} {v}" for k, v in old.items()
+               if v != vars(args).get(k) and k not in ("samples", "save_stats", "micro", "out")]
+        if was:
+            run.print(f"{path}: replaces what it held of {name}, measured with {', '.join(was)}")
         book[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": vars(args),
                       "seed": args.seed, "versions": versions, "device": device, "processes": run.world}
         vae.save_json(path, book)
@@ -718,36 +750,48 @@ def feature_net(args, run):
     """(net, name of its feature space) for --features."""
     with run.first():
         if args.features == "inception":
-            return Inception.load(args.inception).to(run.device), "inception"
+            net = Inception.load(args.inception).to(run.device)
+            return net, f"inception {vae.fingerprint(net)[:8]}"
         net = dino.DINOv2.load(args.dino).to(run.device)
 
     def cls(x):   # FD-DINOv2 is reported on the cls token at 224 px; antialiased, because 256 px are made smaller
         return net.targets(vae.from_uint8(x), 16, antialias=True)[1], None
 
-    return cls, f"dinov2 {Path(args.dino).name}"
+    return cls, f"dinov2 {vae.fingerprint(net)[:8]}"
+
+
+def inputs(args):
+    """Opens --ref and SAMPLES, so that what is wrong is said before anything long -> (Statistics that they hold, after
+    one of the space that --features names; whether there are images to measure)."""
+    known, measured = [Statistics(f"--features {args.features}", args.features)], False
+    for source in (args.ref, *args.samples):
+        images, own = open_set(source, args.size)
+        measured |= images is not None
+        n = own.n if own else len(images)
+        if args.num and n != args.num and source in args.samples:
+            raise ValueError(f"{source}: holds {n or 'an unknown number of'} images, --num asks for {args.num}")
+        for other in known if own else []:
+            own.same_space(other)
+        known += [own] if own else []
+    return known, measured
 
 
 def score_samples(args, run):
     """FID, sFID, IS, precision, recall of each of SAMPLES against --ref, whose features are computed once."""
     if not args.ref or not (args.samples or args.save_stats):
         raise ValueError("give SAMPLES and --ref, or --vae and --data; see --help")
-    open_set(args.ref, args.size)   # what is wrong with an input is said before anything long
-    for source in args.samples:
-        images, known = open_set(source, args.size)
-        held = known.n if images is None else len(images)
-        if args.num and held and held != args.num:
-            raise ValueError(f"{source}: holds {held} images, --num asks for {args.num}")
-    net, space = feature_net(args, run)
+    known, measured = inputs(args)
+    net, space = feature_net(args, run) if measured else (None, max(s.space for s in known))
     how = dict(space=space, size=args.size, micro=args.micro, run=run)
-    reference = measure(net, args.ref, **how)
+    reference = measure(net, args.ref, **how, like=known)
     if args.save_stats and run.main:
         reference.save(args.save_stats)
-    kind = {"fd": "fid", "sfd": "sfid"} if space == "inception" else {}
+    kind = {"fd": "fid", "sfd": "sfid"} if args.features == "inception" else {}
     columns = ["fid", "sfid", "is", "precision", "recall"] if kind else ["fd", "precision", "recall"]
     rows = []
     for source in args.samples:
         value = {kind.get(k, k): v for k, v in evaluate(net, source, reference, **how).items()}
-        results(source, value, args, run)
+        results(source if kind else f"{source}, {space}", value, args, run)
         rows.append([source, *map(value.get, columns)])
     if rows:
         table(run, [f"against {args.ref}", *columns], rows)
@@ -790,12 +834,12 @@ def score_vaes(args, run):
     if not args.data:
         raise ValueError("--data names the folder of images to measure --vae on")
     folder = vae.Images(args.data, args.size or 256)
-    if args.probe and not folder.classes:
-        raise ValueError(f"{args.data}: --probe needs one folder of images per class, this one is flat")
     if args.num and args.num > len(folder):
         raise ValueError(f"{args.data}: holds {len(folder)} images, --num asks for {args.num}")
     order = stratified(folder.labels, args.seed)[:args.num]
     images, labels = torch.utils.data.Subset(folder, order.tolist()), folder.labels[order]
+    if args.probe and len(set(labels[:min(len(labels), 10000) // 2])) < 2:
+        raise ValueError(f"{args.data}: --probe needs one folder of images per class, two classes in the half it learns from")
     with run.first():
         models = [vae.VAE.load(name).to(run.device) for name in args.vae]
         try:
@@ -803,8 +847,7 @@ def score_vaes(args, run):
             lpips = None if args.vgg == "none" else LPIPS.load(args.vgg, args.lpips).to(run.device)
         except FileNotFoundError as e:
             raise FileNotFoundError(f"{e}; --inception none leaves rFID out, --vgg none LPIPS") from None
-    how = dict(space="inception", keep=False, micro=args.micro, run=run)
-    reference = measure(inception, images, **how) if inception else None
+    reference = measure(inception, images, keep=False, micro=args.micro, run=run) if inception else None
     heads, columns, first = [""], [], None
     for name, model in zip(args.vae, models):
         values, each = score_vae(model, name, images, labels, (lpips, inception, reference), args, run)

@@ -1,6 +1,7 @@
 """fid.py against torch-fidelity, lpips, prdc, scikit-image, scipy, and plain NumPy written from the definitions."""
 import contextlib
 import copy
+import hashlib
 import inspect
 import json
 import os
@@ -8,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,26 +183,32 @@ def test_float64_sees_the_epsilon_of_the_batch_norms(inception):
         assert relative(net(images)[0], theirs) > 10 * 2e-7
 
 
-def test_bf16_inception_is_float32_within_its_rounding(inception):
-    """Random weights magnify a rounding from layer to layer: how much is measured by rounding the weights alone, in float32."""
+@pytest.mark.parametrize("cast", ["autocast", "bfloat16"])
+def test_bf16_inception_is_float32_within_its_rounding(inception, cast):
+    """Random weights magnify a rounding from layer to layer: how much is measured by rounding the weights alone, in float32.
+    Measured: up to 1.2 (autocast) and 1.4 (bf16) times that, 1.6% of the pool on photographs, 14% on drawn pictures and 16%
+    of the spatial features; 2 to 3.4 times with a resize in bf16, which takes the wrong pixels."""
     images, rounded = pictures(2, seed=1), copy.deepcopy(inception[1])
     with torch.no_grad():
         for p in rounded.parameters():
             p.copy_(p.bfloat16())
         full, shaken = inception[1](images), rounded(images)
-        with torch.autocast("cpu", torch.bfloat16):
-            half = inception[1](images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+            half = (inception[1] if cast == "autocast" else copy.deepcopy(inception[1]).bfloat16())(images)
     for low, moved, exact in zip(half, shaken, full):
-        assert 1e-4 < (low.float() - exact).norm() < 3 * (moved - exact).norm()
+        error = (low.float() - exact).norm()
+        assert 1e-4 < error < 1.7 * (moved - exact).norm() and error < 0.25 * exact.norm()
 
 
-def test_compiled_inception_is_the_eager_one(inception):
+@pytest.mark.parametrize("backend, bound", [("aot_eager", 1e-5), pytest.param("inductor", 1e-4, marks=pytest.mark.slow)])
+def test_compiled_inception_is_the_eager_one(inception, backend, bound):
+    """Inductor's own loops round otherwise: 3e-5 was measured."""
     images = pictures(2, seed=1)
     torch.compiler.reset()
-    compiled = torch.compile(inception[1], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(inception[1], fullgraph=True, backend=backend)
     with torch.no_grad():
         for a, b in zip(compiled(images), inception[1](images)):
-            assert relative(a, b) < 1e-5
+            assert relative(a, b) < bound
 
 
 def test_inception_takes_uint8_only(inception):
@@ -313,6 +321,11 @@ def test_lpips_has_a_finite_gradient_at_a_zero_feature_vector(vgg):
     assert grads[0].isfinite().all() and grads[0].abs().max() > 0 and grads[1].isnan().any()
 
 
+def test_the_public_linear_layers_are_the_lpips_packages():
+    file = Path(LIN).read_bytes()
+    assert fid.PUBLIC["lpips"][2:] == (hashlib.sha256(file).hexdigest(), len(file))
+
+
 @pytest.fixture(scope="session")
 def thin(tmp_path_factory):
     net = fid.LPIPS([4, 4, 6, 6, 8, 8, 8, 8, 10, 8, 8, 8, 8])
@@ -335,6 +348,14 @@ def test_a_thinner_vgg_is_read_by_its_own_widths(thin):
         fid.LPIPS.load(thin, LIN)
     with pytest.raises(ValueError, match="not a VGG16: no tensor features.0.weight"):
         fid.LPIPS.load(LIN, None)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (0, 8, 3, 3)])
+def test_a_vgg_with_a_misshaped_convolution_is_refused_in_one_line(thin, tmp_path, shape):
+    torch.save({**torch.load(thin), "features.14.weight": torch.zeros(shape)}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad.pth: features.14.weight is \(.*\), expected the 4 dimensions") as error:
+        fid.LPIPS.load(tmp_path / "bad.pth", None)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------- distances and scores
@@ -373,15 +394,20 @@ def test_frechet_of_fewer_images_than_features_is_the_nuclear_norm_form():
         assert abs(fid.frechet(m1, s1, m1, s1)) < 1e-6 * np.trace(s1)
 
 
+def adms_score(p, split=5000):
+    """The Inception Score of p [N,K] by its definition, in NumPy."""
+    parts = []
+    for part in (p[i:i + split] for i in range(0, len(p), split)):
+        log = np.log(part, where=part > 0, out=np.zeros_like(part))
+        parts.append(np.exp((part * (log - np.log(part.mean(0)))).sum(1).mean()))
+    return np.mean(parts)
+
+
 def test_inception_score_is_adms_over_consecutive_splits():
     logits = np.random.RandomState(0).standard_normal((12_000, 10)) * 3
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     p[7] = np.eye(10)[3]                                            # a certain answer has zeros, whose p log p is 0
-    parts = []
-    for part in (p[:5000], p[5000:10_000], p[10_000:]):
-        log = np.log(part, where=part > 0, out=np.zeros_like(part))
-        parts.append(np.exp((part * (log - np.log(part.mean(0)))).sum(1).mean()))
-    assert fid.inception_score(p) == pytest.approx(np.mean(parts), rel=1e-12)
+    assert fid.inception_score(p) == pytest.approx(adms_score(p), rel=1e-12)
     peer = isc_features_to_metric(torch.from_numpy(logits[:10_000]), splits=2, shuffle=False)
     p[7] = np.exp(logits[7]) / np.exp(logits[7]).sum()
     assert fid.inception_score(p[:10_000]) == pytest.approx(peer["inception_score_mean"], rel=1e-6)
@@ -462,6 +488,14 @@ def test_evaluate_is_its_parts():
     assert fid.evaluate(lambda x: (net(x)[0], None), fake, real, k=0).keys() == {"n", "fd"}
 
 
+@pytest.mark.parametrize("micro", [1, 4, 64])
+def test_the_inception_score_of_images_is_that_of_consecutive_splits(monkeypatch, micro):
+    monkeypatch.setattr(fid, "SPLIT", 7)
+    fake = pictures(30, 16, seed=9)
+    out, p = fid.evaluate(net, fake, pictures(10, 16), micro=micro), net(fake)[1].numpy()
+    assert out["is"] == pytest.approx(adms_score(p, 7), rel=1e-9) and abs(adms_score(p) / out["is"] - 1) > 0.01
+
+
 def test_every_form_of_the_same_images_gives_the_same_numbers(tmp_path):
     real, fake = pictures(40, 16), pictures(30, 16, seed=9)
     array = fake.permute(0, 2, 3, 1).contiguous().numpy()
@@ -490,12 +524,28 @@ def test_a_statistics_file_stands_for_its_images(tmp_path):
     fid.measure(two, real, space="two").save(tmp_path / "s.npz")
     expected, out = fid.evaluate(two, fake, real), fid.evaluate(two, fake, tmp_path / "s.npz", space="two")
     assert {k: expected[k] for k in ("n", "fd", "sfd")} == out
-    with pytest.raises(ValueError, match="s.npz: statistics of another feature space"):
-        fid.evaluate(two, fake, tmp_path / "s.npz", space="another")
-    with pytest.raises(ValueError, match=r"s.npz: statistics of another feature space \(24 \+ 7 features"):
-        fid.evaluate(lambda x: (net(x)[0][:, :9], None), fake, tmp_path / "s.npz")
-    with pytest.raises(ValueError, match=r"s.npz: statistics of another feature space \(24 \+ 7 features, two\) than images \(24 \+ 5"):
-        fid.evaluate(lambda x: (net(x)[0], net(x)[0][:, :5], None), fake, tmp_path / "s.npz")
+    assert fid.Statistics.read(tmp_path / "s.npz").n == 40
+
+
+@pytest.mark.parametrize("features, space, words", [
+    (lambda f: (f, f[:, :7], None), "another", r"two sets\) than images \(24 \+ 7, another\)"),
+    (lambda f: (f, f[:, :7], None), "two others", r"two sets\) than images \(24 \+ 7, two others\)"),
+    (lambda f: (f, f[:, :7], None), "twofold", r"two sets\) than images \(24 \+ 7, twofold\)"),
+    (lambda f: (f[:, :9], None), "two", r"two sets\) than images \(9, two\)"),
+    (lambda f: (f, f[:, :5], None), "", r"two sets\) than images \(24 \+ 5, unnamed\)"),
+])
+def test_statistics_of_another_feature_space_are_refused_after_one_batch(tmp_path, features, space, words):
+    seen, fake, words = [], pictures(30, 16, seed=9), r"s.npz: statistics of another feature space \(24 \+ 7 features, " + words
+    fid.measure(lambda x: (net(x)[0], net(x)[0][:, :7], None), pictures(40, 16), space="two sets").save(tmp_path / "s.npz")
+    with pytest.raises(ValueError, match=words):
+        fid.evaluate(lambda x: seen.append(len(x)) or features(net(x)[0]), fake, tmp_path / "s.npz", space=space, micro=4)
+    assert seen == [4]
+
+
+def test_the_moments_in_a_file_and_its_own_images_are_of_one_feature_space(tmp_path):
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(20, 16).permute(0, 2, 3, 1).numpy(), mu=np.zeros(9), sigma=np.eye(9))
+    with pytest.raises(ValueError, match=r"ref.npz: statistics of another feature space \(9 features"):
+        fid.measure(net, tmp_path / "ref.npz")
 
 
 def test_a_references_own_moments_count_and_its_images_serve_precision_and_recall(tmp_path):
@@ -509,7 +559,10 @@ def test_a_references_own_moments_count_and_its_images_serve_precision_and_recal
     turned = fid.evaluate(net, tmp_path / "ref.npz", fake, labels=np.arange(20) % 5)
     plain = fid.evaluate(net, few, fake, labels=np.arange(20) % 5)
     assert turned["fd"] == pytest.approx(out["fd"], rel=1e-9)
-    assert {k: turned[k] for k in turned if k != "fd"} == {k: plain[k] for k in plain if k != "fd"} and turned["is"] > 1
+    others = [{k: v for k, v in out.items() if k not in ("n", "fd")} for out in (turned, plain)]
+    assert others[0] == others[1] and turned["is"] > 1 and turned["n"] is None        # the file says of its images alone how many
+    fid.measure(net, tmp_path / "ref.npz").save(tmp_path / "s.npz")
+    assert fid.Statistics.read(tmp_path / "s.npz").n is None
 
 
 def test_autocast_and_low_matmul_precision_of_the_caller_do_not_reach_a_metric():
@@ -582,6 +635,20 @@ def test_labels_and_features_that_make_no_sense_are_refused():
         fid.evaluate(lambda x: (net(x)[0] / 0, None), pictures(4, 16), pictures(4, 16))
 
 
+@pytest.mark.parametrize("outputs, words", [
+    (lambda x: net(x)[0], "gives no pair"),
+    (lambda x: net(x)[:1], "gives no pair"),
+    (lambda x: (net(x)[0], net(x)[1].log()), "are they logits"),
+    (lambda x: (net(x)[0], 9 * net(x)[1]), "are they logits"),
+    (lambda x: (net(x)[0], net(x)[1] * torch.nan), "are they logits"),
+    (lambda x: (net(x)[0], net(x)[0]), "are they logits"),
+], ids=["bare", "one", "log", "sum", "nan", "two feature sets"])
+def test_a_network_that_gives_something_else_is_refused_in_one_line(outputs, words):
+    with pytest.raises(ValueError, match=f"images: the network.*{words}") as error:
+        fid.evaluate(outputs, pictures(4, 16), pictures(4, 16), k=0)
+    assert "\n" not in str(error.value)
+
+
 def test_what_another_process_cannot_read_is_reported_here():
     run = SimpleNamespace(rank=0, world=2, device="cpu", bar=vae.Run().bar, all=lambda e: [e, "far.png: not readable"])
     seen = []
@@ -602,6 +669,7 @@ TWO_PROCESSES = """
 import json, sys
 sys.path.insert(0, "{root}")
 import numpy as np, torch, fid, vae
+fid.SPLIT = 7
 {net}
 def main():
     run, labels = vae.Run(), np.arange(31) % 5
@@ -614,7 +682,8 @@ vae.main(main)
 """
 
 
-def test_two_processes_see_each_image_once(tmp_path):
+def test_two_processes_see_each_image_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "SPLIT", 7)
     for name, x in (("fake", pictures(31, 16, seed=9)), ("real", pictures(40, 16))):
         np.savez(tmp_path / f"{name}.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
     (tmp_path / "two.py").write_text(TWO_PROCESSES.format(root=ROOT, here=tmp_path, net=inspect.getsource(net)))
@@ -622,10 +691,10 @@ def test_two_processes_see_each_image_once(tmp_path):
     subprocess.run([*launch, str(tmp_path / "two.py")], check=True, capture_output=True)
     two, mu, sigma = json.loads((tmp_path / "out.json").read_text())
     one = fid.evaluate(net, pictures(31, 16, seed=9), pictures(40, 16), np.arange(31) % 5)
-    features = net(pictures(31, 16, seed=9))[0].numpy()
+    features, probs = (y.numpy() for y in net(pictures(31, 16, seed=9)))
     for ours, numpy in ((mu, features.mean(0)), (sigma, np.cov(features, rowvar=False))):
         assert np.linalg.norm(np.array(ours) - numpy) < 1e-12 * np.linalg.norm(numpy)
-    assert two == pytest.approx(one, rel=1e-9)
+    assert two == pytest.approx(one, rel=1e-9) and two["is"] == pytest.approx(adms_score(probs, 7), rel=1e-9)
 
 
 @pytest.mark.slow
@@ -739,7 +808,7 @@ def test_grayscale_is_rec_601_and_all_is_every_view_at_once():
         assert relative(one, x) < 1e-5 and relative(two, expected) < 1e-5
 
 
-@pytest.mark.parametrize("size, kernel", [(32, 3), (64, 7), (224, 23), (256, 23)])
+@pytest.mark.parametrize("size, kernel", [(16, 3), (32, 3), (64, 7), (224, 23), (256, 23)])
 def test_the_blurs_kernel_grows_with_the_image(monkeypatch, size, kernel):
     seen = []
     monkeypatch.setattr(fid.TF, "gaussian_blur", lambda x, k, sigma: seen.append((k, sigma)) or x)
@@ -790,7 +859,7 @@ def command(monkeypatch, *words):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with data/ (two classes of 12 pictures) and two small VAEs, one/ and two/."""
+    """A folder with data/ (two classes of 12 pictures), single/ (one of them), two small VAEs, one/ and two/, and statistics."""
     root = tmp_path_factory.mktemp("world")
     for i, x in enumerate(pictures(24, 20).permute(0, 2, 3, 1).numpy()):
         (root / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -799,6 +868,9 @@ def world(tmp_path_factory):
         torch.manual_seed(seed)
         vae.VAE(8, (1, 2), 1, 4).save(root / name)
     np.savez(root / "moments.npz", mu=np.zeros(3), sigma=np.eye(3), n=24)
+    np.savez(root / "nameless.npz", mu=np.ones(3), sigma=np.eye(3))
+    np.savez(root / "dino.npz", mu=np.ones(3), sigma=np.eye(3), n=24, space="dinov2 12345678")
+    shutil.copytree(root / "data/a", root / "single/a")
     return root
 
 
@@ -812,11 +884,6 @@ def test_the_command_measures_latent_spaces_paired(world, monkeypatch, capsys):
     assert abs(two["difference"]["sc_flip"] - (two["sc_flip"] - one["sc_flip"])) < 1e-12
     assert {"value", "command", "settings", "seed", "versions"} <= book[str(world / "one")].keys()
     assert "difference" in capsys.readouterr().out
-    model = vae.VAE.load(world / "one")
-    images = torch.stack([x for x, _ in vae.Images(world / "data", 16)])
-    with torch.no_grad():
-        z = model.encode(images / 127.5 - 1)
-    assert relative(one["posterior_std"], z.std.mean()) < 1e-5 and relative(one["kl"], z.kl().mean()) < 1e-5
 
 
 @pytest.fixture
@@ -827,11 +894,62 @@ def quick(monkeypatch):
     monkeypatch.setattr(fid.Inception, "load", lambda source: stand_in)
 
 
-def test_the_command_adds_lpips_and_reconstruction_fid(world, quick, thin, monkeypatch, tmp_path):
-    command(monkeypatch, "--vae", world / "one", "--data", world / "data", "--size", 16, "--num", 20, "--vgg", thin,
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A folder of two classes, 20 reddish and 20 bluish pictures."""
+    root = tmp_path_factory.mktemp("colours")
+    for i, x in enumerate((pictures(40, 20, seed=7) // 3).permute(0, 2, 3, 1).numpy()):
+        x[..., 2 * (i % 2)] += 120
+        (root / "rb"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(x).save(root / "rb"[i % 2] / f"{i}.png")
+    return root
+
+
+def by_definition(model, folder, seed, n, thin):
+    """Tables 8, 10, 2 and the probe of the first n images in the seed's order, all at once."""
+    order = fid.stratified(folder.labels, seed)[:n]
+    x, labels = torch.stack([folder[i][0] for i in order]), torch.from_numpy(folder.labels[order])
+    posterior = model.encode(x / 127.5 - 1)
+    noise = torch.stack([vae.normal(posterior.mean.shape[1:], seed, "noise", i) for i in range(n)])
+    z = posterior.mean + posterior.std * noise
+    y = (model.decode(z) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    values = {"n": n, "rfid": fid.frechet(*(m for v in (x, y) for m in moments(net(v)[0].numpy()))),
+              "psnr": fid.psnr(x / 255, y / 255).mean(), "ssim": fid.ssim(x / 255, y / 255).mean(),
+              "ssim2": fid.ssim(x / 255, y / 255, 2).mean(), "lpips": fid.LPIPS.load(thin)(x / 127.5 - 1, y / 127.5 - 1).mean(),
+              "z_mean": z.double().mean(), "z_std": z.double().std(correction=0), "z_min": z.min(), "z_max": z.max(),
+              "posterior_std": posterior.std.mean(), "kl": posterior.kl().mean(),
+              "probe_flat": fid.probe(posterior.mean.flatten(1), labels), "probe_mean": fid.probe(posterior.mean.mean((2, 3)), labels)}
+    for name, view in fid.augmentations().items():
+        pairs = [view(image / 255, vae.rng(seed, "augment", i)) for i, image in enumerate(x)]
+        a, b = (model.encode(2 * torch.stack(v) - 1).mean.double() for v in zip(*pairs))
+        centre = torch.cat([a, b]).mean((0, 2, 3), keepdim=True)
+        values[f"sc_{name}"] = F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()
+        values[f"sc_{name}_centred"] = F.cosine_similarity((a - centre).flatten(1), (b - centre).flatten(1)).mean()
+    return {k: float(v) for k, v in values.items()}
+
+
+def test_every_number_of_a_latent_space_is_that_of_its_definition(world, colours, quick, thin, monkeypatch, tmp_path):
+    command(monkeypatch, "--vae", world / "one", "--data", colours, "--size", 16, "--num", 30, "--seed", 3, "--vgg", thin, "--probe",
             "--out", tmp_path / "r.json")
     value = json.loads((tmp_path / "r.json").read_text())[str(world / "one")]["value"]
-    assert value["n"] == 20 and value["rfid"] > 0 and value["lpips"] > 0
+    with torch.no_grad():
+        expected = by_definition(vae.VAE.load(world / "one"), vae.Images(colours, 16), 3, 30, thin)
+    error = value.pop("standard_error")
+    assert value == pytest.approx(expected, rel=1e-5) and min(abs(v) for v in value.values()) > 1e-3
+    assert value["probe_flat"] > 0.9 and value["probe_mean"] > 0.9
+    assert {"psnr", "lpips", "sc_all_centred"} <= error.keys() and all(v > 0 for v in error.values())
+
+
+def test_latents_are_described_by_10000_images_and_compared_by_1000(monkeypatch):
+    """Black images have a KL of -192 here; the last three are white."""
+    images, seen = torch.zeros(10_003, 3, 8, 8, dtype=torch.uint8), []
+    images[10_000:] = 255
+    monkeypatch.setattr(fid, "consistency", lambda model, x, *_: seen.append(len(x)) or (torch.ones(9), torch.ones(9)))
+    monkeypatch.setattr(fid, "probe", lambda x, y: seen.append((*x.shape, len(y))) or 0.5)
+    args = SimpleNamespace(seed=0, micro=2500, probe=True, crop_scale=(1, 1), crop_ratio=(1, 1), blur_kernel=3, blur_sigma=(1, 1))
+    value, _ = fid.score_vae(Pixels(), "pixels", images, np.zeros(10_003), (None, None, None), args, vae.Run())
+    assert (value["n"], value["kl"]) == (10_003, -192) and value["z_max"] < 1
+    assert seen == [1000] * 5 + [(10_000, 192, 10_000), (10_000, 3, 10_000)]         # the probe: flattened, averaged
 
 
 def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, monkeypatch, tmp_path, capsys):
@@ -854,6 +972,51 @@ def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, m
     assert again["fid"] == pytest.approx(other["fid"], rel=1e-9) and "precision" not in again
     command(monkeypatch, "--ref", world / "data", "--save-stats", tmp_path / "alone.npz")
     assert np.array_equal(np.load(tmp_path / "alone.npz")["sigma"], np.load(tmp_path / "s.npz")["sigma"])
+
+
+def test_the_check_of_the_inputs_holds_no_images_when_the_network_is_loaded(world, quick, monkeypatch, tmp_path):
+    np.savez_compressed(tmp_path / "b.npz", arr_0=pictures(8, 20).permute(0, 2, 3, 1).numpy())
+    opened, alive, open_set, load = [], [], fid.open_set, fid.Inception.load
+
+    def watched(source, size):
+        found = open_set(source, size)
+        opened.extend(map(weakref.ref, found[:1] if found[0] is not None else []))
+        return found
+    monkeypatch.setattr(fid, "open_set", watched)
+    monkeypatch.setattr(fid.Inception, "load", lambda source: alive.extend(r() is not None for r in opened) or load(source))
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data")
+    assert alive == [False, False]
+
+
+def test_statistics_files_are_compared_without_a_network(world, monkeypatch, tmp_path):
+    command(monkeypatch, world / "moments.npz", "--ref", world / "nameless.npz", "--inception", "nowhere.pth", "--out", tmp_path / "r.json")
+    value = json.loads((tmp_path / "r.json").read_text())[str(world / "moments.npz")]["value"]
+    assert value == {"n": 24, "fid": pytest.approx(3)}
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        command(monkeypatch, world / "moments.npz", "--ref", world / "data", "--inception", "nowhere.pth")
+
+
+def test_sample_statistics_of_other_features_are_refused_after_one_batch_of_the_reference(world, quick, monkeypatch):
+    seen, forward = [], fid.Inception.load(None).forward
+    monkeypatch.setattr(fid.Inception.load(None), "forward", lambda x: seen.append(len(x)) or forward(x))
+    with pytest.raises(ValueError, match=r"moments.npz: statistics of another feature space \(3 features.*than .*data \(24 \+ 7, inception"):
+        command(monkeypatch, world / "moments.npz", "--ref", world / "data", "--micro", 4)
+    assert seen == [4]
+
+
+def test_a_feature_space_is_named_by_its_weights(inception, tmp_path):
+    space = lambda features, file: fid.feature_net(SimpleNamespace(features=features, inception=file, dino=file), vae.Run())[1]
+    dinos = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(dino.DINOv2(dim=64, depth=1, patch=14).state_dict(), tmp_path / f"{seed}.pth")
+        dinos.append(space("dinov2", tmp_path / f"{seed}.pth"))
+    shutil.copy(inception[0], tmp_path / "same.pth")
+    state = torch.load(inception[0])
+    state["fc.bias"] += 1
+    torch.save(state, tmp_path / "other.pth")
+    one, same, other = (space("inception", file) for file in (inception[0], tmp_path / "same.pth", tmp_path / "other.pth"))
+    assert one == same != other and one.startswith("inception ") and dinos[0] != dinos[1] and dinos[0].startswith("dinov2 ")
 
 
 def test_the_command_crops_a_folder_to_one_size(quick, monkeypatch, tmp_path):
@@ -887,13 +1050,17 @@ def test_standard_errors_are_those_of_the_mean():
     assert mean["b"] == pytest.approx(2 * x.mean().item() + 1) and error["b"] == pytest.approx(2 * scipy.stats.sem(x.numpy()))
 
 
-def test_the_command_takes_distances_in_dinov2s_features(world, monkeypatch, tmp_path):
+def test_the_command_takes_distances_in_dinov2s_features(world, quick, monkeypatch, tmp_path):
     torch.manual_seed(0)
     torch.save(dino.DINOv2(dim=64, depth=2, patch=14, registers=4).state_dict(), tmp_path / "dino.pth")
     np.savez(tmp_path / "b.npz", arr_0=pictures(20, 20, seed=9).permute(0, 2, 3, 1).numpy())
-    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data", "--features", "dinov2",
-            "--dino", tmp_path / "dino.pth")
-    value = json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "b.npz")]["value"]
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data")
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data", "--features", "dinov2", "--dino", tmp_path / "dino.pth",
+            "--save-stats", tmp_path / "s.npz")
+    book = json.loads((tmp_path / "results.json").read_text())
+    space = f"dinov2 {vae.fingerprint(dino.DINOv2.load(tmp_path / 'dino.pth'))[:8]}"
+    assert book.keys() == {str(tmp_path / "b.npz"), f"{tmp_path / 'b.npz'}, {space}"} and book[str(tmp_path / "b.npz")]["value"]["fid"] > 0
+    value = book[f"{tmp_path / 'b.npz'}, {space}"]["value"]
     cls = []
     for x in (pictures(20, 20, seed=9), torch.stack([x for x, _ in vae.Images(world / "data", None)])):
         x = F.interpolate(x / 127.5 - 1, (224, 224), mode="bicubic", antialias=True) / 2 + 0.5
@@ -902,6 +1069,22 @@ def test_the_command_takes_distances_in_dinov2s_features(world, monkeypatch, tmp
             cls.append(dino.DINOv2.load(tmp_path / "dino.pth")(x)[1].double().numpy())
     assert value.keys() == {"n", "fd", "precision", "recall"}
     assert value["fd"] == pytest.approx(fid.frechet(*moments(cls[0]), *moments(cls[1])), rel=1e-4)
+    state = torch.load(tmp_path / "dino.pth")
+    state["norm.bias"] += 1
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"s.npz: statistics of another feature space \(64 features, {space}\) than .*b.npz \(64, dinov2"):
+        command(monkeypatch, tmp_path / "b.npz", "--ref", tmp_path / "s.npz", "--features", "dinov2", "--dino", tmp_path / "other.pth")
+
+
+def test_an_entry_that_was_measured_otherwise_is_replaced_in_words(world, quick, monkeypatch, tmp_path, capsys):
+    np.savez(tmp_path / "b.npz", arr_0=pictures(20, 20, seed=9).permute(0, 2, 3, 1).numpy())
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data")
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data", "--micro", 5)
+    assert "replaces" not in capsys.readouterr().out
+    command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data/a", "--num", 20)
+    said = [line for line in capsys.readouterr().out.splitlines() if "replaces" in line]
+    assert said == [f"{tmp_path}/results.json: replaces what it held of {tmp_path}/b.npz, measured with ref {world}/data, num None"]
+    assert json.loads((tmp_path / "results.json").read_text())[str(tmp_path / "b.npz")]["settings"]["ref"] == str(world / "data/a")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -915,6 +1098,10 @@ def test_the_command_takes_distances_in_dinov2s_features(world, monkeypatch, tmp
     ("{w}/moments.npz --ref {w}/data --num 23 --inception x.pth", "holds 24 images, --num asks for 23"),
     ("{w}/data --ref {w}/data --inception x.pth", "x.pth: no such file"),
     ("{w}/data --ref {w}/nothing", "nothing: no such file or folder of images"),
+    ("{w}/nameless.npz --ref {w}/data --num 24 --inception x.pth", "nameless.npz: holds an unknown number of images, --num asks for 24"),
+    ("{w}/data --ref {w}/dino.npz --inception x.pth", "dino.npz: statistics of another feature space (3 features, dinov2 12345678) than --features inception"),
+    ("--vae {w}/one --data {w}/single --inception none --vgg none --probe", "single: --probe needs one folder of images per class, two"),
+    ("--vae {w}/one --data {w}/data --inception none --vgg none --probe --num 2", "two classes in the half"),
 ])
 def test_a_command_that_cannot_be_carried_out_says_why_in_one_line(world, monkeypatch, capsys, words, message):
     monkeypatch.setattr(sys, "argv", ["fid.py", *words.format(w=world).split()])
@@ -925,20 +1112,55 @@ def test_a_command_that_cannot_be_carried_out_says_why_in_one_line(world, monkey
     assert lines[0].startswith("fid.py: ") and message in lines[0]
 
 
+@pytest.mark.parametrize("words, message", [
+    ("x.npz --vae v --data d", "--vae is measured on --data"),
+    ("--vae v --data d --ref r", "--vae is measured on --data"),
+    ("--vae v --data d --save-stats s", "--vae is measured on --data"),
+    ("--vae v --data d --features dinov2", "--vae is measured on --data"),
+    ("x.npz --ref r --probe", "--data, --probe and --inception none go with --vae"),
+    ("x.npz --ref r --data d", "--data, --probe and --inception none go with --vae"),
+    ("x.npz --ref r --inception none", "--data, --probe and --inception none go with --vae"),
+    ("x.npz --ref r --num 0", "--num and --micro are 1 at least"),
+    ("x.npz --ref r --micro -1", "--num and --micro are 1 at least"),
+    ("x.npz --ref r --size 0", "--size is 1 at least"),
+    ("--vae v --data d --size 6", "--size is 7 at least, the window of SSIM"),
+    ("--vae v --data d --blur-kernel 4", "--blur-kernel is odd and less than twice the image's 256 px"),
+    ("--vae v --data d --blur-kernel 0", "--blur-kernel is odd"),
+    ("--vae v --data d --size 8 --blur-kernel 17", "--blur-kernel is odd and less than twice the image's 8 px"),
+])
+def test_flags_that_do_not_go_together_are_refused(monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, *words.split())
+    assert end.value.code == 2 and f"fid.py: error: {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size, kernel", [(7, 13), (8, 15)])
+def test_the_smallest_image_and_the_largest_blur_that_are_let_through_are_measured(world, monkeypatch, tmp_path, size, kernel):
+    vae.VAE(8, (1,), 1, 4).save(tmp_path / "whole")
+    command(monkeypatch, "--vae", tmp_path / "whole", "--data", world / "single", "--size", size, "--blur-kernel", kernel,
+            "--inception", "none", "--vgg", "none", "--out", tmp_path / "r.json")
+    value = json.loads((tmp_path / "r.json").read_text())[str(tmp_path / "whole")]["value"]
+    assert value["sc_blur"] < 1 and -1 < value["ssim"] < 1
+
+
 # --------------------------------------------------------------------------------------------------------- photographs
 
 
 @pytest.mark.slow
 def test_distances_of_photographs_move_the_way_they_must(shared):
     sys.path.insert(0, str(shared))
-    from judge import SqueezeNet
+    from judge import IMAGENETTE, SqueezeNet
     judge = SqueezeNet(shared / "weights/squeezenet.pth", size=160)
-    pooled = lambda x: (judge(vae.from_uint8(x))[0], None)
+
+    def pooled(x):
+        features, logits = judge(vae.from_uint8(x))
+        return features, logits[:, list(IMAGENETTE.values())].softmax(1)
     folder = vae.Images(shared / "data/imagenette/val", 64)
     order = fid.stratified(folder.labels, 0)
     half, other = (torch.stack([folder[i][0] for i in part]) for part in (order[:300], order[300:600]))
     reference = fid.measure(pooled, half, micro=10)
-    numbers = lambda x: fid.evaluate(pooled, x, reference, micro=10)
+    labels = folder.labels[order[300:600]]
+    numbers = lambda x: fid.evaluate(pooled, x, reference, labels, micro=10)
     normal = torch.randn(other.shape, generator=torch.Generator().manual_seed(0))
     noise = lambda s: (other + s * normal).clamp(0, 255).to(torch.uint8)
     blur = lambda s: torchvision.transforms.functional.gaussian_blur(other, 13, s)
@@ -947,6 +1169,7 @@ def test_distances_of_photographs_move_the_way_they_must(shared):
     for weak, strong, foreign in ((noise(10), noise(25), True), (jpeg(50), jpeg(10), True), (blur(1.0), blur(2.0), False)):
         weak, strong = numbers(weak), numbers(strong)
         assert floor["fd"] < weak["fd"] < strong["fd"] and floor["recall"] > weak["recall"] > strong["recall"]
+        assert floor["accuracy"] > weak["accuracy"] > strong["accuracy"] > 0.1                   # chance; .80 .53 .25 for blur
         assert not foreign or floor["precision"] > max(weak["precision"], strong["precision"])   # blurred ones gather in the middle
     kept = [i for i in order[300:] if folder.labels[i] >= 5][:300]
     half_of_the_classes = numbers(torch.stack([folder[i][0] for i in kept]))

@@ -17,7 +17,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,7 +211,9 @@ def quick(monkeypatch):
     def features(x):
         pool, probs = net(x)
         return pool, pool[:, :7] ** 2, probs
-    monkeypatch.setattr(fid.Inception, "load", lambda source: SimpleNamespace(to=lambda device: features))
+    stand_in = torch.nn.Module()
+    stand_in.forward = features
+    monkeypatch.setattr(fid.Inception, "load", lambda source: stand_in)
     return features
 
 
