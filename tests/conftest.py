@@ -81,6 +81,12 @@ def shared():
     return Path(os.environ["REALS_SHARED"])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread():
     """Sums in one order; the tests after it get their threads back."""

@@ -5,11 +5,13 @@
     python tests/demo.py --data imagenette/train --size 64   # the same path on a labelled folder of photographs
 
 It calls the four scripts with plain flags and prints each command, so that any can be repeated with one flag changed.
-Everything lies under --out. Stopped and started again, it goes on: finished stages stay, a half-trained network resumes.
+Everything lies under --out. Stopped and started again, it goes on: finished stages stay, a half-trained VAE or SiT resumes at its
+last checkpoint; teacher and judge, which take seconds to minutes, start anew.
 """
 import argparse
-import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import fid
 import nets
 import shapes
 import vae as V
@@ -57,9 +60,13 @@ def flags():
     p.add_argument("--size", type=int, default=32, help="side of the pictures in pixels, a multiple of 8")
     p.add_argument("--compare", action="store_true", help="add the plain arm, and let a random network judge both as well")
     p.add_argument("--quick", action="store_true", help="every stage in seconds, to see that the path is whole; scores mean nothing")
-    p.add_argument("--out", type=Path, help="default: out/demo; out/demo-photographs with --data; out/demo-quick with --quick")
+    p.add_argument("--out", type=Path, help="default: out/demo, with --data out/demo-photographs, each with -quick added for --quick")
     args = p.parse_args()
-    args.out = args.out or Path("out/demo" + ("-quick" if args.quick else "-photographs" if args.data else ""))
+    if args.size < 8 or args.size % 8:
+        raise ValueError(f"--size {args.size} is not a multiple of 8")
+    if args.val and not args.data:
+        raise ValueError(f"--val {args.val} goes with --data")
+    args.out = args.out or Path("out/demo" + "-photographs" * bool(args.data) + "-quick" * args.quick)
     args.preset = QUICK if args.quick else PHOTOGRAPHS if args.data else SHAPES
     args.val = args.val or (args.data and args.data.parent / "val")
     return args
@@ -70,36 +77,76 @@ def title(text):
 
 
 def run(script, *parts):
-    """Prints a command and runs it as it was printed, in another process."""
-    words = [w for part in parts for w in shlex.split(str(part))]
-    print("$ python", script, shlex.join(words), flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / script), *words]).returncode
+    """Prints a command and runs it as it was printed, in another process -> the command. A part is a path, or words."""
+    words = [w for part in parts for w in ([str(part)] if isinstance(part, Path) else shlex.split(part))]
+    script = os.path.relpath(ROOT / script)
+    command = shlex.join(["python", script, *words])
+    print("$", command, flush=True)
+    child = subprocess.Popen([sys.executable, script, *words])
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:   # the child was told as well: it saves, and leaves
+        child.wait()
+        raise
     if status:
         sys.exit(f"{script} ended with status {status}; the same command goes on from here")
+    return command
 
 
 # -------------------------------------------------------------------------------------------- pictures, teacher, judge
 
 
 def pictures(args):
-    """data/train and data/val under --out: PNGs in class folders, drawn by code, or photographs made small once."""
-    for split, seed, source in (("train", 1, args.data), ("val", 2, args.val)):
-        folder, number = args.out / "data" / split, args.preset["train" if split == "train" else "test"]
-        if folder.is_dir():
+    """data/train and data/val under --out: PNGs in class folders, drawn by code, or photographs made small once. What is wrong
+    with --data, --val or --out is said before anything is made."""
+    todo = []
+    for split, seed, source, number in (("train", 1, args.data, args.preset["train"]), ("val", 2, args.val, args.preset["test"])):
+        folder = args.out / "data" / split
+        made_of = {"source": str(source.resolve()) if source else "shapes", "size": args.size, "number": number or "all"}
+        if not folder.is_dir():
+            todo.append((folder, seed, source, number, made_of))
             continue
-        if source is None:
-            shapes.write(folder, number, args.size, seed)
+        there = V.read_json(folder.with_suffix(".json"), made_of)
+        for key, value in made_of.items():
+            if there.get(key) != value:
+                raise ValueError(f"{folder} was made with {key} {there.get(key)}, not {value}: --out names another folder")
+    images = photographs(args) if args.data and todo else {}
+    for folder, seed, source, number, made_of in todo:
+        V.save_json(folder.with_suffix(".json"), made_of)
+        if source:
+            shrink(images[source], folder, number)
         else:
-            shrink(source, folder, args.size, number)
+            shapes.write(folder, number, args.size, seed)
 
 
-def shrink(source, folder, size, number):
+def photographs(args):
+    """{--data: its pictures, --val: its pictures}, in the same class folders."""
+    images = {source: V.Images(source, args.size) for source in (args.data, args.val)}
+    for source, held in images.items():
+        if len(held.classes) < 2:
+            raise ValueError(f"{source}: expected one folder of images per class, and two classes at least"
+                             + (f"; {held.stray[0]} lies in none" if held.stray else ""))
+        if held.classes != images[args.data].classes:
+            raise ValueError(f"{source}: its class folders are not those of {args.data}; --val names another folder")
+    return images
+
+
+def shrink(images, folder, number):
     """A center-cropped copy of (a number of) photographs, in a folder that gets its name when it is whole."""
-    images, part = V.Images(source, size), folder.with_name(f"{folder.name}.part")
-    for i in tqdm(np.random.RandomState(0).permutation(len(images))[:number], f"{source} at {size} px", unit="img"):
+    part, unread = folder.with_name(f"{folder.name}.part"), []
+    shutil.rmtree(part, ignore_errors=True)
+    for i in tqdm(fid.stratified(images.labels, 0)[:number], f"{images.root} at {images.size} px", unit="img",
+                  mininterval=0.2 if sys.stderr.isatty() else 20):
+        try:
+            image = images[int(i)][0]
+        except ValueError:      # the picture after it may be of another class
+            unread.append(images.paths[i])
+            continue
         path = part / Path(images.paths[i]).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images.near(int(i))[0].permute(1, 2, 0).numpy()).save(path, compress_level=1)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
+    if unread:
+        print(f"{len(unread)} unreadable files were left out: " + ", ".join(sorted(unread)))
     part.rename(folder)
 
 
@@ -129,29 +176,33 @@ def teacher_and_judge(args):
 
 
 def arm(args, name, align):
-    """Fine-tune the common start with or without alignment, train a SiT on its latents, paint, and score."""
-    data, out, preset = args.out / "data", args.out, args.preset
-    vae, sit = out / f"vae-{name}", out / f"sit-{name}"
-    common = f"--data {data}/train --val {data}/val --size {args.size}"
+    """Fine-tune the common start with or without alignment, train a SiT on its latents, paint, and score -> {what: the command
+    that made it}."""
+    data, out, preset, commands = args.out / "data", args.out, args.preset, {}
+    vae, sit, results, size = out / f"vae-{name}", out / f"sit-{name}", out / f"results-{name}.json", f"--size {args.size}"
     title(f"{name}: the VAE is fine-tuned {'with' if align else 'without'} alignment")
-    run("train_vae.py", common, f"--init {out}/vae-start", f"--dino {out}/teacher.pth {ALIGN}" if align else "--features none",
-        LOSSES, preset["tune"], EVERY, f"--out {vae}")
+    run("train_vae.py", "--data", data / "train", "--val", data / "val", size, "--init", out / "vae-start",
+        *(("--dino", out / "teacher.pth", ALIGN) if align else ("--features none",)), LOSSES, preset["tune"], EVERY, "--out", vae)
     title(f"{name}: a SiT on its latents")
-    run("train_sit.py", f"--data {data}/train --size {args.size} --vae {vae} --cache {out}/latents-{name} --model T",
-        "--norm std --std 1 --schedule cosine", preset["sit"], EVERY, f"--out {sit}")
+    run("train_sit.py", "--data", data / "train", size, "--vae", vae, "--cache", out / f"latents-{name}", "--model T",
+        "--norm std --std 1 --schedule cosine", preset["sit"], EVERY, "--out", sit)
     title(f"{name}: samples and scores")
     samples = []
     for cfg in (1, 2):
-        run("sample.py", f"--ckpt {sit} --num {preset['samples']} --npz --labels balanced --sampler euler",
-            f"--steps {preset['steps']} --cfg {cfg} --interval 0 1 --batch 125 --out {out}/samples-{name}-cfg{cfg}")
-        samples.append(out / f"samples-{name}-cfg{cfg}/samples.npz")
+        folder = out / f"samples-{name}-cfg{cfg}"
+        commands[f"samples cfg {cfg}"] = run(
+            "sample.py", "--ckpt", sit, f"--num {preset['samples']} --npz --labels balanced --sampler euler",
+            f"--steps {preset['steps']} --cfg {cfg} --interval 0 1 --batch 125", "--out", folder)
+        samples.append(folder / "samples.npz")
     anchors(args, vae, out / f"anchors-{name}")
     samples += [out / f"anchors-{name}/{kind}.npz" for kind in ("reconstructions", "noise")]
-    run("fid.py", f"--vae {vae} --data {data}/val --size {args.size} --inception none --vgg none --probe",
-        f"--num {min(preset['samples'], preset['test'] or 1000)} --out {out}/results-{name}.json")
+    n = min(preset["samples"], len(V.Images(data / "val", args.size)))
+    commands["vae"] = run("fid.py", "--vae", vae, "--data", data / "val", size, "--inception none --vgg none --probe",
+                          f"--num {n}", "--out", results)
     for judge in ("judge", "random") if args.compare else ("judge",):
-        run("tests/nets.py", *samples, f"--judge {out}/{judge}.pth" if judge == "judge" else "--judge random",
-            f"--ref {data}/val --size {args.size} --out {out}/results-{name}.json")
+        commands[judge] = run("tests/nets.py", *samples, "--judge", out / "judge.pth" if judge == "judge" else "random",
+                              "--ref", data / "val", size, "--out", results)
+    return commands
 
 
 @torch.no_grad()
@@ -160,10 +211,10 @@ def anchors(args, vae, folder):
     pictures, and decoded noise that has the latents' mean and standard deviation."""
     if (folder / "noise.npz").is_file():
         return
-    model, data, n = V.VAE.load(vae), V.Images(args.out / "data/train", args.size), args.preset["samples"]
-    chosen = V.rng(0, "subset").permutation(len(data))[:n].tolist()
+    model, data = V.VAE.load(vae), V.Images(args.out / "data/train", args.size)
+    chosen = V.rng(0, "subset").permutation(len(data))[:args.preset["samples"]].tolist()
     stats, made = model.info["latents"], {"reconstructions": [], "noise": []}
-    for at in range(0, n, 50):
+    for at in range(0, len(chosen), 50):
         part = chosen[at:at + 50]
         z = model.encode(V.from_uint8(torch.stack([data[i][0] for i in part]))).mean
         noise = stats["mean"] + stats["std"] * torch.stack([V.normal(z.shape[1:], 0, "sample", i) for i in part])
@@ -205,8 +256,8 @@ def masks(args, name="aligned"):
 # -------------------------------------------------------------------------------------------------- the table, the picture
 
 
-def table(args, names, found_masks):
-    """The end of the story: one row an arm, one column a number, and the command that measured each."""
+def table(args, commands, found_masks):
+    """The end of the story: one row an arm, one column a number, and the commands that made them, {arm: {what: command}}."""
     n, out = args.preset["samples"], args.out
     columns = {
         "FD cfg 1": ("judge", "samples-{}-cfg1/samples.npz", "fd"), "FD cfg 2": ("judge", "samples-{}-cfg2/samples.npz", "fd"),
@@ -217,22 +268,21 @@ def table(args, names, found_masks):
     if args.compare:
         columns |= {f"random {k}": ("random", file, value) for k, (_, file, value) in columns.items() if k.startswith("FD")}
     rows = {}
-    for name in names:
-        book = json.loads((out / f"results-{name}.json").read_text())
+    for name in commands:
+        book = V.read_json(out / f"results-{name}.json")
         found = {"judge": book.get("judge"), "random": book.get("random"), "vae": book.get(f"{out}/vae-{name}")}
         rows[name] = {k: found[who]["value"].get(f"{out}/{file.format(name)}", {}).get(value) if file else found[who]["value"][value]
                       for k, (who, file, value) in columns.items()}
-    commands = {who: found[who]["command"] for who in ("judge", "random", "vae") if found[who]}
     print(f"\n{n} samples an arm against data/val. FD: Frechet distance in the judge's features (reconstructions and decoded noise give")
     print("its scale); named: share of samples that the judge names as asked for; SC: Algorithm 1, all augmentations.\n")
     for k in columns:
-        print(f"{k:20}" + "".join(f"{rows[name][k]:12.3f}" for name in names))
-    print(f"{'':20}" + "".join(f"{name:>12}" for name in names) + "\n")
+        print(f"{k:20}" + "".join(f"{rows[name][k]:12.3f}" for name in rows))
+    print(f"{'':20}" + "".join(f"{name:>12}" for name in rows) + "\n")
     if found_masks:
         print("mean IoU of masks by a linear head trained on the teacher's features, against the true masks (generated latents: against")
         print("a colour threshold of the decoded picture): " + ", ".join(f"{k} {v:.3f}" for k, v in found_masks.items()) + "\n")
-    for who, command in commands.items():
-        print(f"{who:8} {command}")
+    for name in commands:
+        print(f"{name}:\n" + "\n".join(f"  {what:15} {command}" for what, command in commands[name].items()))
     V.save_json(out / "table.json", {"rows": rows, "commands": commands, "masks": found_masks})
 
 
@@ -243,12 +293,15 @@ def story(args, generated, name="aligned"):
     out, size = args.out, args.size
     data, model, align = V.Images(out / "data/val", size), V.VAE.load(out / f"vae-{name}"), V.Align.load(out / f"vae-{name}")
     k = min(len(data.classes), 10)
-    real = torch.stack([data[int(np.flatnonzero(data.labels == c)[j])][0] for j in range(2) for c in range(k)])
+
+    def of_each(labels, n):     # where n of each class: a row of them after the other; a class that has fewer begins again
+        return np.stack([np.resize(np.flatnonzero(labels == c), n) for c in range(k)], 1).ravel().tolist()
+    real = torch.stack([data[i][0] for i in of_each(data.labels, 2)])
     q = model.encode(V.from_uint8(real))
     colours = V.pca(align(q.mean)[0])[0].transpose(1, 2).unflatten(2, q.mean.shape[-2:])
     with np.load(out / f"samples-{name}-cfg2/samples.npz") as z:
         samples, labels = torch.from_numpy(z["arr_0"]).permute(0, 3, 1, 2), z["arr_1"]
-    chosen = [int(np.flatnonzero(labels == c)[j]) for j in range(3) for c in range(k)]
+    chosen = of_each(labels, 3)
     drawn = samples[chosen]
     rows = [("real", real), ("reconstructed", V.to_uint8(model.decode(q.mean))),
             ("latents, PCA", V.to_uint8(2 * F.interpolate(colours, scale_factor=model.f) - 1)), ("samples, cfg 2", drawn)]
@@ -273,16 +326,19 @@ def main():
     title("a teacher in DINOv2's architecture, and a judge of another kind")
     teacher_and_judge(args)
     title("a plain VAE, from nothing")
-    run("train_vae.py", f"--data {args.out}/data/train --val {args.out}/data/val --size {args.size} --init none", SMALL_VAE,
-        "--features none", LOSSES, args.preset["vae"], EVERY, f"--out {args.out}/vae-start")
+    run("train_vae.py", "--data", args.out / "data/train", "--val", args.out / "data/val", f"--size {args.size} --init none", SMALL_VAE,
+        "--features none", LOSSES, args.preset["vae"], EVERY, "--out", args.out / "vae-start")
     names = ["aligned", "plain"] if args.compare else ["aligned"]
-    for name in names:
-        arm(args, name, align=name == "aligned")
+    commands = {name: arm(args, name, align=name == "aligned") for name in names}
     found, generated = masks(args) if (args.out / "data/val/masks.npz").is_file() else ({}, None)
-    table(args, names, found)
+    table(args, commands, found)
     story(args, generated)
     print(f"{(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
-    V.main(main)
+    try:
+        V.main(main)
+    except KeyboardInterrupt:
+        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -4,7 +4,7 @@
 
 A judge enters through fid.evaluate: any function from uint8 images [B,3,H,W] to features [B,D] and class probabilities.
 --judge takes a file of train_judge, the word random (the same network with random weights, which names nothing), or a python
-file that holds another network's class: SqueezeNet, as judge.py of the shared experiments has it.
+file that holds another network's class SqueezeNet, and the ten classes' places among its logits, IMAGENETTE.
 """
 import argparse
 import importlib.util
@@ -220,9 +220,10 @@ def untrained(images):
     return lambda x: (net(x)[0], None)
 
 
-def foreign(path, images, labels):
+def foreign(path, means, images, labels):
     """SqueezeNet of a python file -> pooled features at its own 224 px, and the ten imagenette classes at 160 px, which names
-    small, soft pictures better, with each class's mean logit over the given real pictures subtracted: it leans to some."""
+    small, soft pictures better, with each class's mean logit over `means`, real training pictures, subtracted: it leans to some.
+    How many of other real pictures it names right is printed."""
     spec = importlib.util.spec_from_file_location("judge", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -230,7 +231,7 @@ def foreign(path, images, labels):
 
     def logits(x):
         return torch.cat([namer(V.from_uint8(part))[1] for part in x.split(5)])[:, ten]
-    mean = torch.cat([logits(x) for x in tqdm(images.split(50), "class means", mininterval=20)]).mean(0)
+    mean = torch.cat([logits(x) for x in tqdm(means.split(50), "class means", mininterval=0.2 if sys.stderr.isatty() else 20)]).mean(0)
 
     def judge(x):
         return torch.cat([net(V.from_uint8(part))[0] for part in x.split(5)]), (logits(x) - mean).softmax(1)
@@ -239,21 +240,30 @@ def foreign(path, images, labels):
     return judge
 
 
+def drawn(folder, size, n=None):
+    """(So many of) a folder's pictures in an order drawn with seed 0: uint8 [N,3,S,S], labels [N]."""
+    data = V.Images(folder, size)
+    order = V.rng(0, "subset").permutation(len(data))[:n]
+    return torch.stack([data[int(i)][0] for i in order]), torch.as_tensor(data.labels[order])
+
+
+@torch.no_grad()
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("samples", nargs="+", help="npz files: arr_0 uint8 NHWC, arr_1 labels")
     p.add_argument("--judge", required=True)
     p.add_argument("--ref", required=True, help="folder of real pictures, one subfolder per class")
+    p.add_argument("--means", help="folder of real training pictures, whose mean logits a python file's network gets subtracted; "
+                   "default: the folder train beside --ref, without one --ref")
     p.add_argument("--size", type=int, required=True)
     p.add_argument("--out", help="json file to add the numbers to")
     args = p.parse_args()
-    torch.set_grad_enabled(False)
-    data = V.Images(args.ref, args.size)
-    order = V.rng(0, "subset").permutation(len(data))
-    real = torch.stack([data[int(i)][0] for i in order])
+    real, real_labels = drawn(args.ref, args.size)
+    train = Path(args.ref).parent / "train"
+    means = args.means or (train if train.is_dir() else args.ref)
     kind = "random" if args.judge == "random" else "foreign" if args.judge.endswith(".py") else "judge"
     net = {"random": lambda: untrained(real[:1000]), "judge": lambda: trained(args.judge),
-           "foreign": lambda: foreign(args.judge, real[:1000], torch.as_tensor(data.labels[order]))}[kind]()
+           "foreign": lambda: foreign(args.judge, drawn(means, args.size, 1000)[0], real, real_labels)}[kind]()
     reference, values = fid.measure(net, real, keep=False), {}
     print(f"{'':60}{'n':>8}{'FD':>12}{'named right':>14}")
     for name in args.samples:
