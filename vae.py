@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -938,6 +939,9 @@ def main(fn):
     script = Path(sys.argv[0]).name
     try:
         fn()
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as e:
         wrong = f"out of memory; hold fewer images at once (--micro, in sample.py --batch): {str(e).splitlines()[0]}"
     except (OSError, ValueError, ArithmeticError) as e:
@@ -946,6 +950,12 @@ def main(fn):
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    finally:
+        if workers := multiprocessing.active_children():    # a loader's: deaf to gentler signals, waited for without end
+            if hasattr(signal, "SIGCHLD"):                  # which Windows has not
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch would take their end for an error
+            for worker in workers:
+                worker.kill()
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         time.sleep(2)  # a launcher ends all processes when the first one leaves: let that be the one that speaks
     print(f"{script}: {wrong.removeprefix('ValueError: ')}", file=sys.stderr, flush=True)

@@ -344,6 +344,15 @@ def test_a_signal_to_the_whole_process_group_saves_and_leaves(chain, tmp_path):
     assert run.returncode == 128 + signal.SIGTERM and f"stopped after step {step}" in out + err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("error, status", [("RuntimeError('power cut')", 1), ("KeyboardInterrupt", 130)])
+def test_an_error_that_nobody_foresaw_ends_the_run_and_its_loader(chain, tmp_path, error, status):
+    (tmp_path / "broken.py").write_text(f"import sys; sys.path.insert(0, sys.argv.pop(1)); import train_vae, vae\n"
+                                        f"def update(*a): raise {error}\nvae.update = update\nvae.main(train_vae.main)")
+    command = f"{ROOT} {chain.stage1.replace('--workers 0', '--workers 1')} --steps 100 --out {tmp_path}/vae"
+    done = subprocess.run([sys.executable, str(tmp_path / "broken.py"), *command.split()], capture_output=True, text=True, timeout=100)
+    assert done.returncode == status and ("power cut" in done.stderr) == (status == 1) and ("Traceback" in done.stderr) == (status == 1)
+
+
 def test_another_setting_is_refused_by_name(chain):
     with pytest.raises(ValueError, match="--lr 5e-05, not 0.001"):
         call(T, f"{chain.stage1} --steps 4 --lr 1e-3 --out {chain.root}/vae")
