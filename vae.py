@@ -940,7 +940,7 @@ def main(fn):
     try:
         fn()
     except KeyboardInterrupt:
-        print(f"{script}: stopped", file=sys.stderr)
+        print(f"{script}: stopped; what is finished is kept", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as e:
         wrong = f"out of memory; hold fewer images at once (--micro, in sample.py --batch): {str(e).splitlines()[0]}"

@@ -337,8 +337,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        V.main(main)
-    except KeyboardInterrupt:
-        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    V.main(main)

@@ -175,7 +175,7 @@ def test_ctrl_c_waits_for_the_script_that_saves_and_ends_in_a_line(tmp_path):
         assert run.wait(timeout=30) == 130 and (tmp_path / "saved").exists()
     finally:
         run.kill()
-    assert run.communicate()[1] == "demo.py: stopped; the same command goes on from here\n"
+    assert run.communicate()[1] == "demo.py: stopped; what is finished is kept\n"
 
 
 # ------------------------------------------------------------------------------------------------ judges and masks
