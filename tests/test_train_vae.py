@@ -418,7 +418,7 @@ def test_micro_batches_and_processes_give_the_same_run(chain, tmp_path):
     ("--gan 0 --lr 1e-3", "fp32", 1e-5, 1e-4, 1e-2), ("--gan 0 --lr 1e-3", "fp64", 1e-12, 1e-9, 1e-9),
     ("--gan 0.1 --gan-start 0 --micro 4 --lr 3e-5 --warmup 300", "fp32", 1e-5, 1e-4, 0.5),
     ("--gan 0.1 --gan-start 0 --micro 4 --lr 3e-5 --warmup 300", "fp64", 1e-12, 1e-9, 1e-9)])
-def test_one_process_and_two_agree_for_three_hundred_steps(chain, tmp_path, gan, dtype, of_gradient, of_ten, of_all):
+def test_one_process_and_two_agree_for_three_hundred_steps(chain, tmp_path, one_thread, gan, dtype, of_gradient, of_ten, of_all):
     """Losses are compared relative to those of step 1. Measured over 300 steps: fp32 4e-4, fp64 5e-14, with the GAN .2 and 2e-12.
     The GAN, at equal micro-batches, which are what its batch norms see (two on one process, one on each of two), amplifies
     rounding a thousandfold in ten steps of a fresh discriminator at the default learning rate: hence a small one, warmed up."""
