@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from scipy.linalg.blas import dsyrk
 from torch import nn
 
 import dino
@@ -431,10 +432,15 @@ class Statistics:
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.clone()
 
     def outer(self, k, least=1):
-        """Adds f^T f of the held rows f of feature set k, once there are `least` of them: fewer passes over a large matrix."""
+        """Adds f^T f of the held rows f of feature set k, once there are `least` of them: fewer passes over a large matrix.
+        Only its upper triangle counts: a CPU leaves out the other one, which is half the work."""
         if sum(map(len, self.held[k])) >= least:
-            f, key = torch.cat(self.held[k]), f"outer{k}"
-            self.sums[key] = self.sums[key].addmm_(f.T, f) if key in self.sums else f.T @ f
+            f, key = torch.cat(self.held[k]), f"outer{k}"                             # [B, D]
+            total = self.sums.setdefault(key, f.new_zeros(f.shape[1], f.shape[1]))
+            if f.is_cuda:
+                total.addmm_(f.T, f)
+            else:
+                dsyrk(1, f.numpy().T, 1, total.numpy().T, lower=1, overwrite_c=1)     # in place: BLAS's order is the transpose
             self.held[k] = []
 
     def add(self, places, outputs):
@@ -453,7 +459,7 @@ class Statistics:
             f = f.double()
             self.tally(f"sum{k}", f.sum(0))
             self.held.setdefault(k, []).append(f)
-            self.outer(k, 256)
+            self.outer(k, 1024)
         if self.keep:
             if self.features is None:
                 self.features = sets[0].new_zeros(self.n, sets[0].shape[1])
@@ -470,8 +476,9 @@ class Statistics:
         if total["count"] != self.n or self.n < 2:
             raise ValueError(f"{self.name}: {total['count']} of {self.n} images; statistics need all, and two at least")
         for k in range(sum(key.startswith("outer") for key in total)):
-            mean = total[f"sum{k}"] / self.n
-            self.moments.append((mean, (total[f"outer{k}"] - self.n * torch.outer(mean, mean)) / (self.n - 1)))
+            mean, outer = total[f"sum{k}"] / self.n, total[f"outer{k}"].triu()
+            outer = outer + outer.triu(1).T
+            self.moments.append((mean, (outer - self.n * torch.outer(mean, mean)) / (self.n - 1)))
         self.features = run.sum(self.features) if self.keep else None
         self.score = score(total["probs"], self.n) if "probs" in total else None
         self.accuracy = total["right"].item() / self.n if "right" in total else None
