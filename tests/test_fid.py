@@ -469,6 +469,18 @@ def test_statistics_do_not_depend_on_the_batches():
     assert distances == pytest.approx([distances[0]] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("n", [1024, 2500])
+def test_covariances_are_summed_over_many_passes(n):
+    features = torch.rand(n, 24) + 1
+    s = fid.Statistics("features", n=n)
+    for places in torch.arange(n).split(7):
+        s.add(places, (features[places], None))
+    mu, sigma = (x.numpy() for x in s.finish(fid.vae.Run()).moments[0])
+    truth = features.double().numpy()
+    for ours, numpy in ((mu, truth.mean(0)), (sigma, np.cov(truth, rowvar=False))):
+        assert np.linalg.norm(ours - numpy) < 1e-12 * np.linalg.norm(numpy)
+
+
 def test_statistics_of_fewer_images_than_announced_are_refused():
     s = fid.Statistics("some.npz", n=5)
     s.add(torch.arange(3), net(pictures(3, 16)))
