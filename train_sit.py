@@ -340,7 +340,7 @@ def main():
     norm = normalizer(args, run, stats, cache, ckpt)
 
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
     start = resume(ckpt, net, ema, optimizer, norm)
     del ckpt
     if args.compile:
