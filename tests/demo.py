@@ -1,6 +1,6 @@
 """The whole paper in the small: pictures, teacher, VAE with alignment, SiT, samples and scores, on a laptop.
 
-    python tests/demo.py                                  # ten shapes drawn by code, 32 px: about ten minutes on two CPU cores
+    python tests/demo.py                                  # ten shapes drawn by code, 32 px: about nine minutes on two CPU cores
     python tests/demo.py --compare                        # and the plain arm: same start, same steps, no alignment
     python tests/demo.py --data imagenette/train --size 64   # the same path on a labelled folder of photographs
 
@@ -33,10 +33,10 @@ from dino import DINOv2
 
 # How much of everything; vae, tune and sit are flags of train_vae.py (from nothing, then fine-tuning) and train_sit.py.
 SHAPES = dict(
-    train=20000, test=5000, samples=1000, steps=30, judge=300, teacher=400,
-    vae="--steps 1200 --batch 16 --lr 3e-3 --warmup 100",
-    tune="--steps 600 --batch 16 --lr 1.5e-3 --warmup 50",
-    sit="--steps 3600 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
+    train=12000, test=5000, samples=1000, steps=30, judge=200, teacher=400,
+    vae="--steps 1000 --batch 16 --lr 3e-3 --warmup 100",
+    tune="--steps 500 --batch 16 --lr 1.5e-3 --warmup 50",
+    sit="--steps 3400 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 PHOTOGRAPHS = dict(
     train=None, test=None, samples=1000, steps=50, judge=300, teacher=1000,
     vae="--steps 3500 --batch 16 --lr 3e-3 --warmup 100",
