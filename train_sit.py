@@ -280,6 +280,7 @@ def reader_part(args, net, ema, norm, cache, step):
 
 
 def save(args, run, step, net, ema, optimizer, norm, cache, milestone):
+    """ckpt.pt, from which the run goes on, and at a milestone STEP.pt with what a reader needs (reader_part)."""
     if run.main:
         part = reader_part(args, net, ema, norm, cache, step)
         if milestone:

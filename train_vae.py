@@ -251,6 +251,7 @@ def resume(args, run, stage1, disc, optimizers, images):
 
 
 def checkpoint(args, run, step, stage1, disc, optimizers, images, bad):
+    """ckpt.pt, from which the run goes on; bad: indices of the images that this process could not read."""
     bad = sorted({i for part in run.all(bad) for i in part})
     if run.main:
         V.save({"step": step, "settings": vars(args), "data": images.fingerprint, "classes": images.classes, "bad": bad,

@@ -223,9 +223,11 @@ class VAE(nn.Module):
         self.quant_conv.bias[self.z_channels:].fill_(-4)     # log variance
 
     def encode(self, x):
+        """Images [B,3,H,W] in [-1,1] -> the posterior over raw latents [B,z_channels,H/f,W/f]."""
         return Gaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z):
+        """Raw latents [B,z_channels,h,w] -> images [B,3,f*h,f*w], about in [-1,1] (not cut)."""
         return self.decoder(self.post_quant_conv(z))
 
     @classmethod
@@ -254,7 +256,7 @@ class VAE(nn.Module):
         it align.safetensors with the two MLPs, and reals.json with `info`, where they are given."""
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors({k: v for k, v in self.state_dict().items()}, folder / "diffusion_pytorch_model.safetensors")
+        write_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors")
         levels = len(c["mult"])
         save_json(folder / "config.json", {
             "_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0", "act_fn": "silu", "in_channels": 3,
@@ -574,6 +576,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(state, path):
+    """A state dict as a safetensors file, atomic."""
     header, at, names = {}, 0, {v: k for k, v in DTYPES.items()}
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     for key, v in state.items():
@@ -601,11 +604,13 @@ def atomic(path):
 
 
 def save(obj, path):
+    """torch.save, atomic."""
     with atomic(path) as f:
         torch.save(obj, f)
 
 
 def save_json(path, obj):
+    """Indented JSON, atomic."""
     with atomic(path) as f:
         f.write((json.dumps(obj, indent=1) + "\n").encode())
 
@@ -713,6 +718,7 @@ def to_uint8(x):
 
 
 def from_uint8(x):
+    """uint8 0..255 -> float32 in [-1,1]."""
     return x.float() / 127.5 - 1
 
 
@@ -763,6 +769,7 @@ class Run:
         return torch.stack(parts).to(x.device)
 
     def sum(self, x):
+        """The sum of every rank's tensor, all of one shape, on all ranks."""
         if self.world == 1:
             return x
         y = x.to(self.device, copy=True)
