@@ -240,6 +240,28 @@ def test_a_step_follows_the_mean_loss_plus_weighted_repa_and_counts_by_time():
     assert bins[0].tolist() == pytest.approx([0.5, 2.5] + 7 * [0] + [2.0]) and bins[1].tolist() == [1, 2] + 7 * [0] + [1]
 
 
+def test_a_runs_updates_are_adamws_by_hand(chain, tmp_path, monkeypatch):
+    """Decoupled decay, bias-corrected moments (Loshchilov & Hutter 2019), element by element: a fused kernel reads memory in its order."""
+    update, lr, decay, a, b = V.update, 1e-3, 0.1, 0.8, 0.9
+    moments, errors = {}, []
+
+    def watched(pairs, clip, step):
+        [(_, net)] = pairs
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        expected = {}
+        for name, p in trained.items():
+            m, v = moments.get(name, (0, 0))
+            m, v = moments[name] = a * m + (1 - a) * p.grad, b * v + (1 - b) * p.grad.square()
+            direction = m / (1 - a ** (step + 1)) / ((v / (1 - b ** (step + 1))).sqrt() + 1e-8)
+            expected[name] = (1 - lr * decay) * p.detach() - lr * direction
+        norms = update(pairs, clip, step)
+        errors.extend((p.detach() - expected[name]).abs().max().item() for name, p in trained.items())
+        return norms
+    monkeypatch.setattr(V, "update", watched)
+    call(T, f"{chain.stage2} --steps 3 --dtype fp64 --weight-decay {decay} --betas {a} {b} --out {tmp_path}/sit")
+    assert len(errors) == 3 * len(moments) > 100 and max(errors) < 1e-14
+
+
 def test_a_run_follows_its_weights_with_the_decay_asked_for_and_says_what_it_takes(chain, tmp_path, capsys):
     call(T, chain.stage2, f"--cache {tmp_path}/latents --ema 0.25 --steps 1 --keep 1 --out {tmp_path}/sit")
     said, held = capsys.readouterr().out, torch.load(tmp_path / "sit/ckpt.pt", weights_only=True)
