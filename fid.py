@@ -267,6 +267,7 @@ def split_sums(probs, places, n):
 
 
 def score(sums, n):
+    """exp(mean KL) of n images from split_sums of them [splits, K+1]: the mean over the splits."""
     count = (n - SPLIT * torch.arange(len(sums), device=sums.device)).clamp(max=SPLIT)[:, None]
     means = sums / count
     marginal = means[:, :-1]
@@ -436,7 +437,9 @@ class Statistics:
         Only its upper triangle counts: a CPU leaves out the other one, which is half the work."""
         if sum(map(len, self.held[k])) >= least:
             f, key = torch.cat(self.held[k]), f"outer{k}"                             # [B, D]
-            total = self.sums.setdefault(key, f.new_zeros(f.shape[1], f.shape[1]))
+            if key not in self.sums:
+                self.sums[key] = f.new_zeros(f.shape[1], f.shape[1])
+            total = self.sums[key]
             if f.is_cuda:
                 total.addmm_(f.T, f)
             else:
@@ -470,6 +473,7 @@ class Statistics:
                 self.tally("right", (probs.argmax(1).cpu() == self.labels[places]).sum())
 
     def finish(self, run):
+        """Merges the sums of all processes and makes of them what the class promises; ValueError if images are missing."""
         for k in self.held:
             self.outer(k)
         total = {key: run.sum(self.sums[key]) for key in sorted(self.sums)}   # in one order on all ranks
@@ -494,12 +498,14 @@ class Statistics:
                              f"{self.space or 'unnamed'}) than {other.name} ({said[1]}, {other.space or 'unnamed'})")
 
     def save(self, path):
+        """An npz with mu and sigma under ADM's names, and n and space."""
         named = {key: x.cpu().numpy() for keys, pair in zip(self.arrays, self.moments) for key, x in zip(keys, pair)}
         with vae.atomic(path) as f:
             np.savez(f, **named, n=self.n or 0, space=self.space)
 
     @classmethod
     def read(cls, path):
+        """From such an npz, ours or ADM's (which names neither n nor space); ValueError if mu and sigma do not fit."""
         with np.load(path) as z:
             self = cls(str(path), str(z.get("space", "")), int(z.get("n", 0)) or None)
             for mu, sigma in cls.arrays:
