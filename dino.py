@@ -1,21 +1,27 @@
-"""DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2024), the vision transformer that the VAE is aligned to, and two
-heads that read its features: Meta's linear segmentation head and the depth head of MoGe (Wang et al. 2024).
+"""DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2024), the vision transformer that the VAE is aligned
+to, and two heads that read its features: Meta's linear segmentation head and the depth head of MoGe (Wang et
+al. 2024).
 
-    dino = DINOv2.load("vitl14_reg")                    # a public name, a .pth in Meta's layout, or a state dict
-    patch, cls = dino.targets(images, grid=32)          # [B,3,H,W] in [-1,1] -> [B,1024,D], [B,D]
+    dino = DINOv2.load("vitl14_reg")                # a public name, a .pth in Meta's layout, a state dict
+    patch, cls = dino.targets(images, grid=32)      # [B,3,H,W] in [-1,1] -> [B,1024,D], [B,D]
     mask = Segmenter.load("vitl14_voc2012")(patch, grid=32, size=256).argmax(1)
     depth = Depth.load("moge-vitl")(patch, grid=32, size=448)
 
 Parameters carry the public files' names, so a state_dict() of these networks is such a file."""
-import http.client
 import math
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SIZES = {   # heads: dim / 64
     "vits14": dict(dim=384, depth=12, registers=0),
@@ -28,6 +34,10 @@ SIZES |= {f"{name}_reg": dict(sizes, registers=4) for name, sizes in SIZES.items
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, on [0,1]
 
 
+class UserError(ValueError):
+    """What the user can mend: said in one line, without a traceback."""
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -37,7 +47,8 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                           # [B, N, D]
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B, heads, N, D/heads]
+        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, D/heads] each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -84,29 +95,31 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """A ViT with a class token, registers, and learned positions: a grid x grid table, resized to the image's grid.
+    """A ViT with a class token, registers, and learned positions: a grid x grid table, resized to the image's
+    grid.
 
-    `offset` says how (both rules are Meta's): 0.1 as for the networks without registers, 0 (exact size, antialiased) as
-    for those with them. Set it to 0 on a network without registers to get REPA's targets."""
+    `offset` says how (both rules are Meta's): 0.1 as for the networks without registers, 0 (exact size,
+    antialiased) as for those with them. Set it to 0 on a network without registers to get REPA's targets."""
 
-    def __init__(self, dim=1024, depth=24, heads=None, patch=14, registers=4, grid=37, ffn="mlp", hidden=None):
+    def __init__(self, dim=1024, depth=24, heads=None, patch=14, registers=4, grid=37, ffn="mlp",
+                 hidden=None):
         super().__init__()
         if heads is None and dim % 64:
-            raise ValueError(f"dim {dim} is no multiple of 64, so its heads must be given (heads=)")
+            raise UserError(f"dim {dim} is no multiple of 64: give its heads (heads=)")
         if heads and dim % heads:
-            raise ValueError(f"dim {dim} cannot be shared by {heads} heads")
+            raise UserError(f"dim {dim} cannot be shared by {heads} heads")
         self.dim, self.patch, self.registers, self.grid = dim, patch, registers, grid
         self.offset = 0 if registers else 0.1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.mask_token = nn.Parameter(torch.zeros(1, dim))     # of the pre-training; kept because the files hold it
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))     # unused; the public files hold it
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, stride=patch)))
         self.blocks = nn.ModuleList(Block(dim, heads or dim // 64, ffn, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.initialize()
+        self.init_weights()
 
-    def initialize(self):
+    def init_weights(self):
         for p in (self.cls_token, self.pos_embed, self.register_tokens):
             if p is not None:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -116,7 +129,8 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def positions(self, h, w):
-        """The position embeddings [1,1+h*w,D] of an image of h x w patches, class token first; resized in float32."""
+        """The position embeddings [1,1+h*w,D] of an image of h x w patches, class token first; resized in
+        float32."""
         G = self.grid
         if (h, w) == (G, G):
             return self.pos_embed
@@ -130,7 +144,8 @@ class DINOv2(nn.Module):
         return torch.cat([cls, table.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
 
     def tokens(self, x):
-        """All tokens [B,1+R+N,D] after the final norm: class, registers, patches row by row. x: as for forward."""
+        """All tokens [B,1+R+N,D] after the final norm: class, registers, patches row by row. x: as for
+        forward."""
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"an image of {H}x{W} is no whole number of {self.patch}x{self.patch} patches")
@@ -144,16 +159,18 @@ class DINOv2(nn.Module):
         return self.norm(x)
 
     def forward(self, x):
-        """x: [B,3,H,W], ImageNet-normalised, sides multiples of `patch` -> patch [B,N,D], cls [B,D], both normed."""
+        """x: [B,3,H,W], ImageNet-normalised, sides multiples of `patch` -> patch [B,N,D], cls [B,D], both
+        normed."""
         x = self.tokens(x)
         return x[:, 1 + self.registers:], x[:, 0]
 
     @torch.no_grad()
     def targets(self, images, grid, antialias=False):
-        """Features of images [B,3,H,W] in [-1,1] on a grid (a number or a pair) -> patch [B,h*w,D], cls [B,D].
+        """Features of images [B,3,H,W] in [-1,1] on a grid (a number or a pair) -> patch [B,h*w,D], cls
+        [B,D].
 
-        The whole image is resized to grid * patch, so patch (i, j) lies over latent (i, j). Bicubic, by default without
-        antialias, as REPA does."""
+        The whole image is resized to grid * patch, so patch (i, j) lies over latent (i, j). Bicubic, by
+        default without antialias, as REPA does."""
         h, w = pair(grid)
         x = F.interpolate(images, (h * self.patch, w * self.patch), mode="bicubic", antialias=antialias)
         mean, std = x.new_tensor(MEAN).view(3, 1, 1), x.new_tensor(STD).view(3, 1, 1)
@@ -161,13 +178,12 @@ class DINOv2(nn.Module):
 
     @classmethod
     def load(cls, source, heads=None):
-        """A network from a public name (SIZES), a .pth in Meta's layout, or a state dict; sizes come from the shapes.
-
-        Raises FileNotFoundError, or ValueError naming the file and the first wrong key."""
+        """A network in eval mode from a public name (SIZES), a .pth in Meta's layout, or a state dict; sizes
+        come from the shapes. Raises UserError naming the file and the first wrong key."""
         state, where = read(source, BACKBONES)
         sizes = SIZES[source] if isinstance(source, str) and source in SIZES else cls.sizes(state, where)
         if heads is None and sizes["dim"] % 64:
-            raise ValueError(f"{where}: dim {sizes['dim']} is no multiple of 64, so its heads must be given (heads=)")
+            raise UserError(f"{where}: dim {sizes['dim']} is no multiple of 64: give its heads (heads=)")
         return build(lambda: cls(heads=heads, **sizes), state, where)
 
     @staticmethod
@@ -185,58 +201,126 @@ def pair(n):
     return (n, n) if isinstance(n, int) else n
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# heads
+def load_teacher(source, repa=False):
+    """The network that a name or a file stands for, to align with: any module with .dim and .targets(images,
+    grid) -> patch [B,N,dim], cls [B,dim] (or None). repa: resizes its positions as REPA does, not as Meta."""
+    teacher = DINOv2.load(source).requires_grad_(False)
+    if repa:
+        teacher.offset = 0
+    return teacher
 
-VOC = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
-motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
 
-ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
-door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
-armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of
-drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table,
-pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
-countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
-truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel, pole, land,
-bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer,
-plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
-trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic
-light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag"""
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def pca(features, basis=None):
+    """The three-color PCA of patch features [B,N,D]: (colors in [0,1], [B,N,3]; the basis, to reuse on other
+    features). The first three components over all B*N vectors, each stretched from its 2nd to its 98th
+    percentile."""
+    flat = features.detach().float().flatten(0, 1)
+    if basis is None:
+        mean = flat.mean(0)
+        _, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean))
+        axes = vectors[:, -3:].flip(1)                                     # [D, 3], largest first
+        axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign: fix one
+        p = ((flat - mean) @ axes)[:: max(1, len(flat) // 100000)]
+        basis = mean, axes, torch.quantile(p, torch.tensor([0.02, 0.98], device=p.device), dim=0)
+    mean, axes, (low, high) = basis
+    colors = ((flat - mean) @ axes - low) / (high - low).clamp_min(1e-12)
+    return colors.clamp(0, 1).view(*features.shape[:2], 3), basis
+
+
+def foreground(features):
+    """A mask without any head: the sign of the first principal component of patch features [B,N,D], the side
+    that touches the border less being the foreground: bool [B,h,w]."""
+    side = math.isqrt(features.shape[1])
+    flat = features.flatten(0, 1)
+    _, vectors = torch.linalg.eigh((flat - flat.mean(0)).T @ (flat - flat.mean(0)))
+    mask = ((flat - flat.mean(0)) @ vectors[:, -1] > 0).view(-1, side, side)
+    border = torch.ones(side, side, dtype=torch.bool, device=mask.device)
+    border[1:-1, 1:-1] = False
+    return ~mask if mask[:, border].float().mean() > mask[:, ~border].float().mean() else mask
+
+
+MAGMA = [[0, 0, 4], [80, 18, 123], [182, 54, 121], [251, 136, 97], [252, 253, 191]]
+
+
+def magma(x):
+    """[B,H,W] in [0,1] -> uint8 [B,3,H,W], from dark to bright in equal steps of lightness."""
+    anchors = torch.tensor(MAGMA).to(x)
+    place = x * (len(anchors) - 1)
+    low = place.long().clamp_max(len(anchors) - 2)
+    mix = (place - low)[..., None]
+    return ((1 - mix) * anchors[low] + mix * anchors[low + 1]).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def color_depth(depth):
+    """Depth [B,H,W] -> uint8 [B,3,H,W], near bright, far dark: of 1 / depth, each image's own from its 2nd to
+    its 98th percentile."""
+    near = (1 / depth).flatten(1)
+    low, high = torch.quantile(near, torch.tensor([0.02, 0.98]).to(near), dim=1, keepdim=True)
+    return magma(((near - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(depth.shape))
+
+
+# ------------------------------------------------------------------------------------------------------ heads
+
+
+VOC = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable,
+dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
+
+ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa,
+shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
+railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper,
+fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door,
+stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
+countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel,
+bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt
+track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
+tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
+bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+flag"""
 
 VOC, ADE20K = (names.replace("\n", " ").split(", ") for names in (VOC, ADE20K))
 
 
 def color(i):
-    """The RGB of class i by PASCAL VOC's rule: every third bit of i goes to red, green, blue in turn, highest first."""
+    """The RGB of class i by PASCAL VOC's rule: every third bit of i goes to red, green, blue in turn, highest
+    first."""
     return tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(8)) for c in range(3))
 
 
 class Segmenter(nn.Module):
     """A linear map of normed patch features to class logits, with the `names` and `colors` of its classes.
 
-    Meta trained the public heads on networks without registers: features aligned to a _reg network do not fit them."""
+    Meta trained the public heads on networks without registers: features aligned to a _reg network do not fit
+    them."""
 
     def __init__(self, dim=1024, classes=21):
         super().__init__()
         self.linear = nn.Linear(dim, classes)
         self.names = {21: VOC, 150: ADE20K}.get(classes) or [f"class {i}" for i in range(classes)]
-        self.colors = [color(i + (classes == 150)) for i in range(classes)]     # ADE20K has no background to be black
+        first = 1 if classes == 150 else 0                      # ADE20K has no background to be black
+        self.colors = [color(i + first) for i in range(classes)]
 
     def forward(self, patch, grid, size):
-        """patch: [B,h*w,D] on a grid (a number or a pair) -> logits [B,C,H,W] at a size (a number or a pair)."""
+        """patch: [B,h*w,D] on a grid (a number or a pair) -> logits [B,C,H,W] at a size (a number or a
+        pair)."""
         logits = self.linear(patch).transpose(1, 2).unflatten(2, pair(grid))        # [B, C, h, w]
         return F.interpolate(logits, pair(size), mode="bilinear")
 
     @classmethod
     def load(cls, source):
-        """A head from a public name (SEGMENTERS), an mmcv file of a linear head, or its state dict; its batch norm is
-        folded into the linear layer. Errors as in DINOv2.load."""
+        """A head from a public name (SEGMENTERS), an mmcv file of a linear head, or its state dict; its batch
+        norm is folded into the linear layer. Errors as in DINOv2.load."""
         state, where = read(source, SEGMENTERS, "state_dict")
         state = {k.removeprefix("decode_head."): v for k, v in state.items()}
         state.setdefault("bn.num_batches_tracked", torch.tensor(0))
         classes, dim, _, _ = shape(state, "conv_seg.weight", 4, where)
-        public = build(lambda: nn.ModuleDict({"bn": nn.BatchNorm2d(dim), "conv_seg": nn.Conv2d(dim, classes, 1)}),
-                       state, where)
+        public = build(lambda: nn.ModuleDict({"bn": nn.BatchNorm2d(dim),
+                                              "conv_seg": nn.Conv2d(dim, classes, 1)}), state, where)
         bn, conv = public["bn"], public["conv_seg"]
         gain = bn.weight / (bn.running_var + bn.eps).sqrt()                         # [D]
         weight = conv.weight.flatten(1)                                             # [C, D]
@@ -249,7 +333,8 @@ def conv3x3(cin, cout):
 
 
 def plane(h, w, aspect, x):
-    """Pixel centres (u, v) [B,2,h,w] on a view plane whose half diagonal is 1; aspect: width / height of the image."""
+    """Pixel centres (u, v) [B,2,h,w] on a view plane whose half diagonal is 1; aspect: width / height of the
+    image."""
     u, v = aspect / math.hypot(1, aspect), 1 / math.hypot(1, aspect)
     u = torch.linspace(-u * (w - 1) / w, u * (w - 1) / w, w, dtype=x.dtype, device=x.device)
     v = torch.linspace(-v * (h - 1) / h, v * (h - 1) / h, h, dtype=x.dtype, device=x.device)
@@ -269,8 +354,9 @@ class Residual(nn.Module):
 class Depth(nn.Module):
     """The head of MoGe v1: patch features to a map of 3-D points, up to one scale and one shift of depth.
 
-    MoGe gives it the last four layers of its own DINOv2 (plain vitl14, fine-tuned), one projection each. Here the one
-    map that alignment gives goes to all four, which equals one projection with their weights and biases summed."""
+    MoGe gives it the last four layers of its own DINOv2 (plain vitl14, fine-tuned), one projection each. Here
+    the one map that alignment gives goes to all four, which equals one projection with their weights and
+    biases summed."""
 
     def __init__(self, dim=1024, proj=512, widths=(256, 128, 64), expand=2, blocks=2, last=32):
         super().__init__()
@@ -283,7 +369,8 @@ class Depth(nn.Module):
             nn.Sequential(conv3x3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, n, 1)) for n in (3, 1))
 
     def points(self, patch, grid, size):
-        """patch: [B,h*w,D] -> points (x, y, z) [B,3,H,W], and mask [B,H,W], above 0.5 where they are to be trusted."""
+        """patch: [B,h*w,D] -> points (x, y, z) [B,3,H,W], and mask [B,H,W], above 0.5 where they are to be
+        trusted."""
         H, W = pair(size)
 
         def with_plane(x):
@@ -292,21 +379,24 @@ class Depth(nn.Module):
         x = patch.transpose(1, 2).unflatten(2, pair(grid))                          # [B, D, h, w]
         x = sum(project(x) for project in self.projects)                            # [B, proj, h, w]
         for block in self.upsample_blocks:
-            x = block(with_plane(x))                                                # [B, width, 2h, 2w], 4h, 8h
+            x = block(with_plane(x))  # [B, width, 2h, 2w], 4h, 8h
         x = with_plane(F.interpolate(x, (H, W), mode="bilinear"))                   # [B, width + 2, H, W]
         points, mask = (block(x) for block in self.output_block)
         z = points[:, 2:].exp()
         return torch.cat([points[:, :2] * z, z], 1), mask[:, 0]
 
     def forward(self, patch, grid, size):
-        """patch: [B,h*w,D] on a grid (a number or a pair) -> depth [B,H,W] > 0 at a size (448 for a grid of 32)."""
+        """patch: [B,h*w,D] on a grid (a number or a pair) -> depth [B,H,W] > 0 at a size (448 for a grid of
+        32)."""
         return self.points(patch, grid, size)[0][:, 2]
 
     @classmethod
     def load(cls, source):
-        """The head in MoGe's model.pt ("moge-vitl", a file or a state dict), widths read from it; errors as above."""
+        """The head in MoGe's model.pt ("moge-vitl", a file or a state dict), widths read from it; errors as
+        above."""
         state, where = read(source, DEPTHS, "model")
-        state = {k.removeprefix("head."): v for k, v in state.items() if not k.startswith(("backbone.", "image_"))}
+        state = {k: v for k, v in state.items() if not k.startswith(("backbone.", "image_"))}
+        state = {k.removeprefix("head."): v for k, v in state.items()}
         proj, dim, _, _ = shape(state, "projects.0.weight", 4, where)
         stages, blocks = count(state, "upsample_blocks."), count(state, "upsample_blocks.0.") - 1
         widths = [shape(state, f"upsample_blocks.{i}.0.0.weight", 4, where)[1] for i in range(stages)]
@@ -315,65 +405,72 @@ class Depth(nn.Module):
         return build(lambda: cls(dim, proj, widths, hidden // width, blocks, last), state, where)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # files
 
 META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}_{1}.pth"
-BACKBONES = {name: META.format(name[:6], "reg4_pretrain" if name.endswith("_reg") else "pretrain") for name in SIZES}
+BACKBONES = {name: META.format(name[:6], "reg4_pretrain" if name.endswith("_reg") else "pretrain")
+             for name in SIZES}
 SEGMENTERS = {f"{name[:6]}_{data}": META.format(name[:6], data + "_linear_head")
               for name in SIZES for data in ("voc2012", "ade20k")}
 DEPTHS = {"moge-vitl": "https://huggingface.co/Ruicheng/moge-vitl/resolve/main/model.pt"}
-SHA256 = {"vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428", "vitl14_reg": "8b6364",
+SHA256 = {"vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+          "vitl14_reg": "8b6364",
           "moge-vitl": "da96b09a0485a3c45a5aa455e67743c8b4efc4dd8437c1f2aa93c2b4303d957f"}
 
 
 def fetch(name, url):
-    """The path of a public file in torch.hub's cache, downloaded first if it is not there."""
-    file = Path(url).name.replace("model.pt", f"{name}.pt")             # which model's would not be seen in that folder
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.exists():
+    """The path of a public file in torch.hub's cache; downloaded first if it is not there, by one process."""
+    file = Path(url).name.replace("model.pt", f"{name}.pt")  # which model's would not be seen in that folder
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name))
-        except (OSError, http.client.HTTPException) as e:
-            raise FileNotFoundError(f"{name}: no {file}, and its download failed ({e}); "
-                                    f"get it from {url} and put it into {path.parent}") from None
-        except RuntimeError as e:
-            raise ValueError(f"{name}: {url} is not the file it was: {e}") from None
+        with open(path.with_name(".lock"), "w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not path.is_file():
+                    torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name))
+            except Exception as e:
+                raise UserError(f"{name}: no {file}, and its download failed ({e}); get it from {url} and "
+                                f"put it into {path.parent}") from None
     return path
 
 
 def read(source, public, under=None):
-    """The state dict in a source (`public`: {name: url}), out of `under` if the file has that key, and what to call it
-    in errors. Nothing in the file is executed. Raises FileNotFoundError, or ValueError naming the file."""
-    if isinstance(source, dict):
-        state, where = source, "the state dict"
-    else:
-        named = str(source) in public
-        path = fetch(str(source), public[str(source)]) if named else Path(source)
-        where = str(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, and none of {', '.join(public)}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:
-            refused = re.search(r"GLOBAL ([\w.]+)", str(e))
-            if refused:
-                raise ValueError(f"{path}: holds {refused[1]}, which is never loaded; with the program that wrote it, "
-                                 "save its state_dict alone (torch.save)") from None
-            raise ValueError(f"{path}: no whole PyTorch weight file (begins with {path.open('rb').read(12)!r}); "
-                             "if it was downloaded, delete it and get it again") from None
+    """The state dict in a source (`public`: {name: url}), out of `under` if the file has that key, and what
+    to call it in errors. Nothing in the file is executed. Raises UserError naming the file."""
+    state, where = source, "the state dict"
+    if not isinstance(source, dict):
+        path = fetch(str(source), public[str(source)]) if str(source) in public else Path(source)
+        state, where = read_file(path, public), str(path)
     if under and isinstance(state, dict):
         state = state.get(under, state)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError(f"{where}: holds no flat dict of tensors by name")
+    pairs = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in pairs):
+        raise UserError(f"{where}: holds no flat dict of tensors by name")
     return state, where
+
+
+def read_file(path, public):
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, and none of {', '.join(public)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if refused:
+            raise UserError(f"{path}: holds {refused[1]}, which is never loaded; with the program that wrote "
+                            "it, save its state_dict alone (torch.save)") from None
+        with open(path, "rb") as f:
+            raise UserError(f"{path}: no whole PyTorch weight file (begins with {f.read(12)!r}); if it was "
+                            "downloaded, delete it and get it again") from None
 
 
 def shape(state, key, ndim, where):
     """The shape of a tensor from which a network's sizes are read."""
     if key not in state or state[key].ndim != ndim or not state[key].numel():
-        raise ValueError(f"{where}: no {key} with {ndim} dimensions; another network's file, or another layout?")
+        raise UserError(f"{where}: no {key} with {ndim} dimensions; another network?")
     return state[key].shape
 
 
@@ -383,21 +480,13 @@ def count(state, prefix):
 
 
 def build(make, state, where):
-    """The network that make() makes, with a copy of all of `state`, or ValueError naming the first key that differs."""
+    """The network that make() makes, in eval mode, with a copy of all of `state`; UserError naming what does
+    not fit."""
     try:
-        with torch.device("meta"):                      # no memory and no random numbers before all is known to fit
+        with torch.device("meta"):  # no memory and no random numbers before all is known to fit
             net = make()
+        net.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{where}: its tensors' sizes make no network ({e})") from None
-    own = net.state_dict()
-    for key, value in own.items():
-        if key not in state:
-            raise ValueError(f"{where}: {key} is missing, expected {list(value.shape)}")
-        if state[key].shape != value.shape:
-            raise ValueError(f"{where}: {key} is {list(state[key].shape)}, expected {list(value.shape)}")
-    for key in state:
-        if key not in own:
-            raise ValueError(f"{where}: {key} is unexpected, the network has none")
-    net = net.to_empty(device="cpu")
-    net.load_state_dict(state)
-    return net.eval()
+        why = str(e).splitlines()[:2][-1].strip()[:200]         # torch's second line names the first key
+        raise UserError(f"{where}: its tensors make no such network: {why}") from e
+    return net.to(torch.get_default_dtype()).eval()

@@ -1,14 +1,19 @@
-"""The SiT / DiT transformer with its public weights, and the two processes that it serves: Flow (Ma et al. 2024) with
-its ODE and SDE samplers, and Diffusion (Peebles & Xie 2023) with DDPM.
+"""The SiT / DiT transformer with its public weights, and the two processes that it serves: Flow (Ma et al.
+2024) with its ODE and SDE samplers, and Diffusion (Peebles & Xie 2023) with DDPM.
 
-Latents are [B, C, H, W]. A flow's time runs from 0 (noise) to 1 (data), the diffusion's from 999 (noise) to 0 (data).
-The files of a SiT and of a DiT have the same keys and shapes, so a model carries its process, "sit" or "dit", as a
-field, and each process refuses the other's model. The null label is `classes`; labels are dropped by who trains.
+    net, process = SiT(**size("B/2")), Flow()
+    loss = process.loss(net(process.noised(x, noise, t), t, y), x, noise, t)              # [B]
+    x = process.sample(Guided(SiT.load("SiT-XL/2"), 1.8, (0, 0.75)), noise, y)            # [B,4,32,32]
+
+Latents are [B, C, H, W]. A flow's time runs from 0 (noise) to 1 (data), the diffusion's from 999 (noise) to 0
+(data). The files of a SiT and of a DiT have the same keys and shapes, so a model carries its process, "sit"
+or "dit", as a field, and each process refuses to sample from the other's model. The null label is `classes`;
+the trainer drops labels.
 """
 import argparse
-import http.client
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,25 +21,45 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {  # depth, width, heads; the patch follows a slash, as in "XL/2"
-    "T": (4, 128, 4),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SIZES = {  # the patch follows a slash, as in "XL/2"
+    "T": dict(depth=4, dim=128, heads=4),
+    "S": dict(depth=12, dim=384, heads=6),
+    "B": dict(depth=12, dim=768, heads=12),
+    "L": dict(depth=24, dim=1024, heads=16),
+    "XL": dict(depth=28, dim=1152, heads=16),
 }
 
 DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi/"
+META = "https://dl.fbaipublicfiles.com/DiT/models/"
 PUBLIC = {  # process, file in torch.hub's cache, URL
-    "SiT-XL/2": ("sit", "SiT-XL-2-256.pt",
-                 DROPBOX + "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
-    "DiT-XL/2": ("dit", "DiT-XL-2-256x256.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt"),
-    "DiT-XL/2-512": ("dit", "DiT-XL-2-512x512.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt"),
-    "REPA-SiT-XL/2": ("repa", "REPA-SiT-XL-2-256.pt",
-                      DROPBOX + "cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"),
+    "SiT-XL/2": ("sit", "SiT-XL-2-256.pt", DROPBOX + "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
+                 "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
+    "DiT-XL/2": ("dit", "DiT-XL-2-256x256.pt", META + "DiT-XL-2-256x256.pt"),
+    "DiT-XL/2-512": ("dit", "DiT-XL-2-512x512.pt", META + "DiT-XL-2-512x512.pt"),
+    "REPA-SiT-XL/2": ("repa", "REPA-SiT-XL-2-256.pt", DROPBOX + "cxedbs4da5ugjq5wg3zrg/last.pt"
+                      "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"),
 }
 
-# ---------------------------------------------------------------------------------------------------- the transformer
+
+class UserError(ValueError):
+    """What the user can mend: said in one line, without a traceback."""
+
+
+def size(name):
+    """A row of SIZES by its name, with the patch: "XL/2" -> the first arguments of SiT."""
+    row, slash, patch = name.partition("/")
+    patch = patch if slash else "2"
+    if row not in SIZES or patch not in ("1", "2", "4", "8"):
+        raise UserError(f"--model {name}: {', '.join(SIZES)} are known, with /1 /2 /4 or /8 for the patch")
+    return dict(SIZES[row], patch=int(patch))
+
+
+# -------------------------------------------------------------------------------------------- the transformer
 
 
 def modulate(x, shift, scale):
@@ -45,15 +70,16 @@ def modulate(x, shift, scale):
 def frequencies(device=None):
     """w_k = 10000^(-k/128), k = 0..127, in float32 whatever the model's dtype, as in the public code.
 
-    Only the exponential is taken in float64: the public code's, in float32, differs by machine in its last bit (at k = 12
-    and 106), and with it a DiT's output at t = 999 by some 4e-6.
+    Only the exponential is taken in float64: the public code's, in float32, differs by machine in its last
+    bit (at k = 12 and 106), and with it a DiT's output at t = 999 by some 4e-6.
     """
     exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128
     return exponent.double().exp().float()
 
 
 def position_table(size, dim):
-    """Sines and cosines of the column, then of the row, a quarter of `dim` each: [1, size*size, dim], row-major."""
+    """Sines and cosines of the column, then of the row, a quarter of `dim` each: [1, size*size, dim],
+    row-major."""
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, col = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     col, row = col.reshape(-1, 1) * w, row.reshape(-1, 1) * w                            # [size*size, dim/4]
@@ -66,7 +92,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        args = t.float()[:, None] * frequencies(t.device)        # [B, 128], in float32: half precision blurs t
+        args = t.float()[:, None] * frequencies(t.device)  # [B, 128], in float32: half precision blurs t
         table = torch.cat([args.cos(), args.sin()], 1)           # [B, 256]
         return self.mlp(table.to(self.mlp[0].weight.dtype))      # [B, D]
 
@@ -81,7 +107,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                              # [B, heads, N, D/heads], as q, k, v
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads], as q, k, v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                     # [B, N, D]
 
 
@@ -119,55 +145,54 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))                          # [B, N, p*p*C]
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # [B, N, p*p*C]
 
 
 class SiT(nn.Module):
     """The transformer of DiT and SiT on latents [B, channels, input_size, input_size].
 
-    model: a name of SIZES, also with the patch ("XL/2", which then wins over `patch`), or (depth, width, heads).
-    out_channels: `channels` for process "sit", twice that for "dit" (noise, variance). classes: 0 is unconditional.
-    repa: (block, dim) or (block, dim, hidden): project the tokens after that many blocks to dim (Yu et al. 2024).
+    out_channels: `channels` for process "sit", twice that for "dit" (noise, variance). classes: 0 is
+    unconditional.
+    repa: (block, dim) or (block, dim, hidden): project the tokens after that many blocks to dim (Yu et al.
+    2024). A checkpoint stores all arguments, in `settings`, and SiT(**settings) builds the network again.
     """
 
-    def __init__(self, model="XL", patch=2, input_size=32, channels=4, out_channels=None, classes=1000, process="sit",
-                 repa=None):
+    def __init__(self, depth=28, dim=1152, heads=16, patch=2, input_size=32, channels=4, out_channels=None,
+                 classes=1000, process="sit", repa=None):
         super().__init__()
-        if isinstance(model, str):
-            name, *p = model.split("/")
-            if name not in SIZES or p not in ([], ["1"], ["2"], ["4"], ["8"]):
-                raise ValueError(f"--model {model}: {', '.join(SIZES)} are known, with /1 /2 /4 or /8 for the patch")
-            model, patch = SIZES[name], int(p[0]) if p else patch
-        depth, dim, heads = model
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         out_channels = out_channels or (2 * channels if process == "dit" else channels)
         if process not in ("sit", "dit"):
-            raise ValueError(f"process {process!r}: a model is sit or dit (REPA's files become a sit on load)")
+            raise UserError(f"process {process!r}: a model is sit or dit (REPA's files become a sit on load)")
         if process == "dit" and out_channels != 2 * channels:
-            raise ValueError(f"a dit predicts noise and variance, {2 * channels} channels, not {out_channels}")
+            raise UserError(f"a dit predicts noise and variance, {2 * channels} channels, not {out_channels}")
         if input_size % patch or dim % heads:
-            raise ValueError(f"input size {input_size}, width {dim}: no multiples of patch {patch} and heads {heads}")
-        self.settings = dict(depth=depth, dim=dim, heads=heads, patch=patch, input_size=input_size, channels=channels,
-                             out_channels=out_channels, classes=classes, process=process)   # what a checkpoint stores
-        self.patch, self.grid, self.channels, self.out_channels = patch, input_size // patch, channels, out_channels
-        self.classes, self.process = classes, process
-        self.grad_checkpoint = False                             # True: blocks are computed again in the backward pass
+            raise UserError(f"input size {input_size}, width {dim}: no multiples of patch {patch}, "
+                            f"heads {heads}")
+        self.patch, self.grid, self.classes, self.process = patch, input_size // patch, classes, process
+        self.channels, self.out_channels = channels, out_channels
+        self.info = {}                                           # what a checkpoint says beside the weights
+        self.grad_checkpoint = False  # True: blocks are computed again in the backward pass
 
         self.pos_embed = nn.Parameter(position_table(self.grid, dim), requires_grad=False)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, dim, patch, patch)})   # nested: the official keys
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, dim, patch, patch)})  # the official keys
         self.t_embedder = TimeEmbedder(dim)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, dim)})
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch * patch * out_channels)
+        self.repa_block = 0
         if repa:
             self.repa_block, width, hidden = (*repa, 2048)[:3]
             if not 1 <= self.repa_block <= depth:
-                raise ValueError(f"repa after block {self.repa_block}: the network has {depth}")
-            self.projectors = nn.ModuleList([nn.Sequential(
-                nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))])
+                raise UserError(f"repa after block {self.repa_block}: the network has {depth}")
+            self.projectors = nn.ModuleList([nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(),
+                                                           nn.Linear(hidden, hidden), nn.SiLU(),
+                                                           nn.Linear(hidden, width))])
         self.init_weights()
 
     def init_weights(self):
-        """DiT's: Xavier, small embeddings, and zeros where a block adds to the stream: the output starts at 0."""
+        """DiT's: Xavier, small embeddings, and zeros where a block adds to the stream: the output starts at
+        0."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -177,12 +202,15 @@ class SiT(nn.Module):
         nn.init.zeros_(proj.bias)
         for m in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(m.weight, std=0.02)
-        for m in [block.adaLN_modulation[1] for block in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
+        modulations = [block.adaLN_modulation[1] for block in (*self.blocks, self.final_layer)]
+        for m in (*modulations, self.final_layer.linear):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
     def forward(self, x, t, y, return_tokens=False):
-        """x [B, C, H, W], t [B], labels y [B] -> [B, out_channels, H, W]; return_tokens adds REPA's [B, N, dim]."""
+        """x [B, C, H, W], t [B], labels y [B] -> [B, out_channels, H, W]; return_tokens adds REPA's tokens
+        [B, N, dim], None without projectors."""
+        tokens = None
         x = self.x_embedder["proj"](x.to(self.pos_embed.dtype))                  # [B, D, H/p, W/p]
         x = x.flatten(2).transpose(1, 2) + self.pos_embed                        # [B, N, D]
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)           # [B, D]
@@ -199,69 +227,89 @@ class SiT(nn.Module):
         return (x, tokens) if return_tokens else x
 
     @classmethod
-    def load(cls, source, process=None, heads=None, repa=None):
-        """The model in `source`: a name of PUBLIC, a .pt file, a folder with ckpt.pt, a dict; of checkpoints, the EMA.
+    def load(cls, source, process=None, heads=None):
+        """The model in `source`, in eval mode: a name of PUBLIC, a .pt file, a folder with ckpt.pt, a dict;
+        of checkpoints, the EMA. What a checkpoint of ours says beside its weights is in the model's `info`.
 
-        process ("sit", "dit", "repa") is needed where neither name nor file says it, heads where (depth, width) is no
-        row of SIZES. A "repa" becomes a plain "sit" (fold_repa). Projectors are dropped, unless `repa` names the block
-        that they follow. Raises FileNotFoundError or ValueError in one line; never loads in part, never runs code.
+        process ("sit", "dit", "repa") is needed where neither name nor file says it, heads where (depth,
+        width) is no row of SIZES. A "repa" becomes a plain "sit" (fold_repa). UserError in one line; never
+        loads in part.
         """
-        name, held, known = open_source(source)
-        state, known = unwrap(name, held, known)
-        for field, asked in (("process", process), ("heads", heads)):
-            if asked and known.get(field, asked) != asked:
-                raise ValueError(f"{name}: {field} {asked} was asked for, but its own is {known[field]}")
-        process, heads = known.get("process", process), known.get("heads", heads)
-        if process not in ("sit", "dit", "repa"):
-            raise ValueError(f"{name}: its tensors do not tell what it was trained for; say --process sit, dit or repa")
-        if not repa:
-            state = {k: v for k, v in state.items() if not k.startswith("projectors.")}
+        held, name, implied = read(source)
+        if all(isinstance(held.get(part), dict) for part in ("settings", "ema")):       # a checkpoint of ours
+            state, settings = held["ema"], held["settings"]
+            for field, asked in (("process", process), ("heads", heads)):
+                agreed(name, field, settings.get(field), asked)
+        else:
+            state, process = public_names(held, name), agreed(name, "process", implied, process)
+            settings = read_sizes(state, name, process, heads)
         try:
-            with torch.device("meta"):
-                model = cls(**read_sizes(state, heads, repa), process="dit" if process == "dit" else "sit")
-            check_keys(model.state_dict(), state)
+            with torch.device("meta"):                   # no memory before all is known to fit
+                model = cls(**settings)
+            own = state.get("pos_embed", model.pos_embed).dtype
+            wide = torch.promote_types(own, torch.float32)                       # not half precision
+            model.load_state_dict({k: v.to(wide, copy=True) for k, v in state.items()}, assign=True)
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"{name}: no SiT or DiT has such sizes: {e}" if type(e) is not ValueError else f"{name}: {e}") from None
-        dtype = torch.promote_types(state["pos_embed"].dtype, torch.float32)     # half precision is widened
-        model = model.to(dtype).to_empty(device="cpu")
-        model.load_state_dict(fold_repa(state) if process == "repa" else state)
-        return model
+            raise UserError(f"{name}: {str(e).splitlines()[:2][-1].strip()[:200]}") from e
+        if process == "repa":
+            model.load_state_dict(fold_repa(model.state_dict()))
+        model.info = held.get("info", {})
+        return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------ weight files
+# ----------------------------------------------------------------------------------------------- weight files
 
 
-def open_source(source):
-    """(name for messages, what the source holds, what its name implies)."""
+def fetch(url, file):
+    """The path of a public file in torch.hub's cache; downloaded first if it is not there, by one process."""
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(".lock"), "w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not path.is_file():
+                    torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then moved
+            except Exception as e:
+                raise UserError(f"{file} is neither in {path.parent} nor to be had from {url} ({e}): put it "
+                                "into that folder") from None
+    return path
+
+
+def read(source):
+    """(what a source holds, its name for messages, the process that a public name implies). Nothing in it is
+    executed."""
     if isinstance(source, dict):
-        return "state dict", source, {}
-    known, path = {}, Path(source)
+        return source, "state dict", None
+    path, implied = Path(source), None
     if str(source) in PUBLIC:
-        known["process"], file, url = PUBLIC[str(source)]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                torch.hub.download_url_to_file(url, str(path))                   # to a temporary file, then moved
-        except (OSError, http.client.HTTPException) as e:
-            raise FileNotFoundError(f"{file} is neither in {path.parent} nor to be had from {url} ({e}): "
-                                    "put it into that folder") from None
+        implied, file, url = PUBLIC[str(source)]
+        path = fetch(url, file)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, and no public name ({', '.join(PUBLIC)})")
+        raise UserError(f"{path}: no such file, and no public name ({', '.join(PUBLIC)})")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):             # in the official training checkpoints
-            return str(path), torch.load(path, map_location="cpu", weights_only=True), known
-    except OSError:
-        raise
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in the official training checkpoints
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:                                                       # damage shows in many ways
         refused = re.search(r"GLOBAL (\S+)", str(e))
         if refused:
-            raise ValueError(f"{path}: holds {refused[1].rstrip('.,')}, which is never loaded; with the program that "
-                             "wrote it, save the tensors alone: torch.save(model.state_dict(), FILE)") from None
-        begin = path.open("rb").read(12)
-        raise ValueError(f"{path}: not a whole PyTorch weight file (begins with {begin}); if it was downloaded, delete it "
-                         "and get it again") from None
+            raise UserError(f"{path}: holds {refused[1].rstrip('.,')}, which is never loaded; with the "
+                            "program that wrote it, save the tensors alone: torch.save(model.state_dict(), "
+                            "FILE)") from None
+        with open(path, "rb") as f:
+            raise UserError(f"{path}: not a whole PyTorch weight file (begins with {f.read(12)}); if it was "
+                            "downloaded, delete it and get it again") from None
+    return held if isinstance(held, dict) else {}, str(path), implied
+
+
+def agreed(name, field, own, asked):
+    """What a file says of a field, or, where it says nothing, what the caller asks for; UserError where they
+    differ."""
+    if own and asked and own != asked:
+        raise UserError(f"{name}: {field} {asked} was asked for, but its own is {own}")
+    return own or asked
 
 
 def depth_of(state):
@@ -269,72 +317,66 @@ def depth_of(state):
     return sum(bool(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", key)) for key in state)
 
 
-def unwrap(name, held, known):
-    """The EMA's state dict under today's names, and what a checkpoint of ours says about its model."""
-    if isinstance(held, dict) and isinstance(held.get("ema"), dict):             # {model, ema, opt, args}, or ours
-        settings = held.get("model")
-        known = settings if isinstance(settings, dict) and "process" in settings else known
-        held = held["ema"]
-    if not isinstance(held, dict) or not held or not all(isinstance(k, str) and torch.is_tensor(held[k]) for k in held):
-        raise ValueError(f"{name}: neither a dict of tensors nor a checkpoint with a dict of tensors under 'ema'")
-    first, legacy = depth_of(held), r"^decoder_blocks\.(\d+)\."                 # REPA's first files
-    return {re.sub(legacy, lambda m: f"blocks.{first + int(m[1])}.", key): v for key, v in held.items()}, known
+def public_names(held, name):
+    """The (EMA's) state dict of a public file under today's names, without REPA's projectors."""
+    state = held["ema"] if isinstance(held.get("ema"), dict) else held           # {model, ema, opt, args}
+    if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise UserError(f"{name}: neither a dict of tensors nor a checkpoint with a dict of tensors at 'ema'")
+    first, legacy = depth_of(state), r"^decoder_blocks\.(\d+)\."                 # REPA's first files
+    state = {re.sub(legacy, lambda m: f"blocks.{first + int(m[1])}.", key): v for key, v in state.items()}
+    return {k: v for k, v in state.items() if not k.startswith("projectors.")}
 
 
-def read_sizes(state, heads, repa):
-    """The constructor's sizes, read from the tensors; heads from the row of SIZES that fits unless given."""
+def read_sizes(state, name, process, heads):
+    """SiT's arguments, from a public file's tensors; heads from the row of SIZES that fits unless given."""
+    if process not in ("sit", "dit", "repa"):
+        raise UserError(f"{name}: its tensors do not tell what it was trained for; "
+                        "say --process sit, dit or repa")
     for key, n in {"pos_embed": 3, "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2,
-                   "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2, "projectors.0.4.weight": 2}.items():
-        if key not in state and (repa or "projectors" not in key):
-            raise ValueError(f"no key {key}; these are not the weights of a {'REPA-' * bool(repa)}SiT or DiT")
-        if key in state and (state[key].ndim != n or not state[key].numel()):
-            raise ValueError(f"{key} has shape {list(state[key].shape)}, {n} dimensions were expected")
+                   "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2}.items():
+        if key not in state:
+            raise UserError(f"{name}: no key {key}; these are not the weights of a SiT or DiT")
+        if state[key].ndim != n or not state[key].numel():
+            raise UserError(f"{name}: {key} has shape {list(state[key].shape)}, {n} dimensions were expected")
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = depth_of(state)
-    heads = heads or {(d, w): h for d, w, h in SIZES.values()}.get((depth, dim))
+    heads = heads or {(row["depth"], row["dim"]): row["heads"] for row in SIZES.values()}.get((depth, dim))
     if heads is None:
-        raise ValueError(f"depth {depth}, width {dim} is no known size, and tensors do not tell the heads: say heads=")
-    return dict(model=(depth, dim, heads), patch=patch, input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-                channels=channels, out_channels=len(state["final_layer.linear.weight"]) // patch ** 2,
+        raise UserError(f"{name}: depth {depth}, width {dim} is no known size, and tensors do not tell the "
+                        "heads: say heads=")
+    return dict(depth=depth, dim=dim, heads=heads, patch=patch, channels=channels,
+                input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
+                out_channels=len(state["final_layer.linear.weight"]) // patch**2,
                 classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-                repa=repa and (repa, *state["projectors.0.4.weight"].shape))
-
-
-def check_keys(expected, state):
-    """Names the first missing, unexpected or misshaped key."""
-    for key, value in expected.items():
-        if key not in state:
-            raise ValueError(f"missing key {key} {list(value.shape)}")
-    for key, value in state.items():
-        if key not in expected:
-            raise ValueError(f"unexpected key {key} {list(value.shape)}")
-        if value.shape != expected[key].shape:
-            raise ValueError(f"{key} has shape {list(value.shape)}, expected {list(expected[key].shape)}")
+                process="dit" if process == "dit" else "sit")
 
 
 def fold_repa(state):
-    """REPA's weights in SiT's convention: v(x, t) = -v_repa(x, 1 - t), so the addition theorems turn cos and sin of
-    w (1 - t) into those of w t by mixing the columns of the first time layer; the last layer changes its sign."""
+    """REPA's weights in SiT's convention: v(x, t) = -v_repa(x, 1 - t), so the addition theorems turn cos and
+    sin of w (1 - t) into those of w t by mixing the columns of the first time layer; the last layer changes
+    its sign."""
     first, last = "t_embedder.mlp.0.weight", "final_layer.linear."
     w, (wc, ws) = frequencies().double(), state[first].double().chunk(2, 1)
     folded = torch.cat([wc * w.cos() + ws * w.sin(), wc * w.sin() - ws * w.cos()], 1)
     return {**state, first: folded, **{last + k: -state[last + k] for k in ("weight", "bias")}}
 
 
-# ---------------------------------------------------------------------------------------------------------- guidance
+# --------------------------------------------------------------------------------------------------- guidance
 
 
 def alphas_bar(steps=1000):
-    """The diffusion's cumulative signal variances [steps], linear betas from 1e-4 to 0.02 at 1000 steps, float64."""
+    """The diffusion's cumulative signal variances [steps], linear betas from 1e-4 to 0.02 at 1000 steps,
+    float64."""
     return (1 - torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)).cumprod(0)
 
 
 class Guided:
     """A model under classifier-free guidance, u + scale (c - u), to be called like the model itself.
 
-    interval: the noise times sigma/(alpha+sigma), 1 noise .. 0 data, bounds included, at which it guides (Kynkaanniemi
-    et al. 2024); elsewhere only the conditional half is computed. channels: guides the first so many, by default all of
-    the prediction; the published numbers of DiT and SiT take 3. DiT's variances stay conditional.
+    interval: the noise times sigma/(alpha+sigma), 1 noise .. 0 data, bounds included, at which it guides
+    (Kynkaanniemi et al. 2024); elsewhere only the conditional half is computed. channels: guides the first so
+    many, by default all of the prediction; the published numbers of DiT and SiT take 3. DiT's variances stay
+    conditional.
     """
 
     def __init__(self, model, scale, interval=(0, 1), channels=None):
@@ -344,53 +386,69 @@ class Guided:
         abar = alphas_bar()
         self.noise_times = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())  # a dit's, [1000]
         if not 1 <= self.guided <= model.channels:
-            raise ValueError(f"--cfg-channels {channels}: 1 to {model.channels}, which the model predicts")
+            raise UserError(f"--cfg-channels {channels}: 1 to {model.channels}, which the model predicts")
         if interval[0] > interval[1]:
-            raise ValueError(f"--interval {interval[0]:g} {interval[1]:g}: the lower noise time comes first")
+            raise UserError(f"--interval {interval[0]:g} {interval[1]:g}: the lower noise time comes first")
         if not model.classes and scale != 1:
-            raise ValueError(f"--cfg {scale}: the model is unconditional")
+            raise UserError(f"--cfg {scale}: the model is unconditional")
 
     def __call__(self, x, t, y):
         low, high = self.interval
         s = 1 - t if self.process == "sit" else self.noise_times.to(t.device)[t]
-        inside = (s > low - 1e-6) & (s < high + 1e-6)                            # [B]; 1e-6: times are float32
+        inside = (s > low - 1e-6) & (s < high + 1e-6)  # [B]; 1e-6: times are float32
         if self.scale == 1 or not inside.any():
             return self.model(x, t, y).to(x.dtype)
         null = torch.full_like(y, self.classes)
         both = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
-        c, u = both.to(x.dtype).chunk(2)                                         # [B, out_channels, H, W] each
+        c, u = both.to(x.dtype).chunk(2)  # [B, out_channels, H, W] each
         guided = torch.cat([(u + self.scale * (c - u))[:, :self.guided], c[:, self.guided:]], 1)
         return torch.where(inside[:, None, None, None], guided, c)
 
 
-def expect(model, process):
-    """Refuses a model of the other process (functions without the field pass)."""
-    if getattr(model, "process", process) != process:
-        raise ValueError({"sit": "the model is a dit: Flow and its samplers (sde, euler, heun) need a sit",
-                          "dit": "the model is a sit: Diffusion and its sampler (ddpm) need a dit"}[process])
+def check_sampling(process, model, sampler, steps):
+    """UserError where a process cannot sample so: another's model, no such sampler, too few or too many
+    steps."""
+    if getattr(model, "process", process.name) != process.name:
+        raise UserError(f"the model is a {model.process}: {type(process).__name__} and its samplers "
+                        f"({', '.join(process.samplers)}) need a {process.name}")
+    if sampler not in process.samplers:
+        raise UserError(f"--sampler {sampler} is not for a {process.name}, which has "
+                        f"{', '.join(process.samplers)}")
+    low, high = process.samplers[sampler]
+    if not low <= steps <= high:
+        most = "or more" if high == math.inf else f"to {high}"
+        raise UserError(f"--steps {steps}: {sampler} takes {low} {most}")
 
 
-# ----------------------------------------------------------------------------------------------------- the flow (SiT)
+# --------------------------------------------------------------------------------------------- the flow (SiT)
 
 
 class Flow:
-    """The linear path x_t = t x + (1 - t) noise, whose velocity x - noise the model predicts (Ma et al. 2024)."""
+    """The linear path x_t = t x + (1 - t) noise, whose velocity x - noise the model predicts (Ma et al.
+    2024)."""
 
-    def loss(self, model, x, y, noise, t):
-        """Squared error of the velocity, mean over each sample: [B]. x, noise [B, C, H, W]; t [B] in [0, 1]."""
-        expect(model, "sit")
+    name = "sit"
+    samplers = {"sde": (2, math.inf), "euler": (1, math.inf), "heun": (1, math.inf)}      # fewest, most steps
+
+    def time(self, u):
+        """Training times [B] in [0, 1] from uniform u [B] in [0, 1)."""
+        return u
+
+    def noised(self, x, noise, t):
+        """What the model is shown at times t [B]: x_t [B, C, H, W]."""
         s = t.to(x.dtype)[:, None, None, None]
-        v = model(s * x + (1 - s) * noise, t, y)[:, :x.shape[1]]
-        return (v - (x - noise)).square().mean((1, 2, 3))
+        return s * x + (1 - s) * noise
+
+    def loss(self, out, x, noise, t):
+        """Squared error of the model's output as a velocity, mean over each sample: [B]."""
+        return (out[:, :x.shape[1]] - (x - noise)).square().mean((1, 2, 3))
 
     def score(self, v, x, t):
         """The gradient of log p_t at x, from the velocity there; t < 1, and -x at t = 0."""
         return (t * v - x) / (1 - t)
 
     def times(self, sampler, steps):
-        """The steps + 1 times that a sampler goes through; ValueError where there is no such sampler."""
-        if sampler not in ("sde", "euler", "heun") or steps < (2 if sampler == "sde" else 1):
-            raise ValueError(f"--sampler {sampler} --steps {steps}: a flow has sde (2 steps or more), euler and heun")
+        """The steps + 1 times that a sampler goes through."""
         end, points = (0.96, steps) if sampler == "sde" else (1, steps + 1)
         return (torch.linspace(0, end, points, dtype=torch.float64).tolist() + [1.0])[:steps + 1]
 
@@ -398,11 +456,11 @@ class Flow:
     def sample(self, model, noise, y, sampler="sde", steps=250, draw=None, callback=None):
         """From noise [B, C, H, W] to latents, with y [B], in the noise's dtype.
 
-        "sde": Euler-Maruyama on dx = (v + sigma score) dt + sqrt(2 sigma) dw, sigma = 1 - t: steps - 1 updates on
-        [0, 0.96] and one of 0.04 without noise; draw(k) is step k's. "euler" and "heun": the ODE in equal steps.
-        callback(k, t, x, x0) sees the state before step k and the data that it predicts.
+        "sde": Euler-Maruyama on dx = (v + sigma score) dt + sqrt(2 sigma) dw, sigma = 1 - t: steps - 1
+        updates on [0, 0.96] and one of 0.04 without noise; draw(k) is step k's. "euler" and "heun": the ODE
+        in equal steps. callback(k, t, x, x0) sees the state before step k and the data that it predicts.
         """
-        expect(model, "sit")
+        check_sampling(self, model, sampler, steps)
         times, x, draw = self.times(sampler, steps), noise, draw or (lambda k: torch.randn_like(noise))
 
         def velocity(x, t):
@@ -424,15 +482,17 @@ class Flow:
 
 
 def repa_loss(tokens, target):
-    """REPA's alignment: minus the cosine of tokens and target [B, N, D], mean over the tokens: [B] (Yu et al. 2024)."""
+    """REPA's alignment: minus the cosine of tokens and target [B, N, D], mean over the tokens: [B] (Yu et al.
+    2024)."""
     return -F.cosine_similarity(tokens, target, dim=-1).mean(1)
 
 
-# ------------------------------------------------------------------------------------------------ the diffusion (DiT)
+# ---------------------------------------------------------------------------------------- the diffusion (DiT)
 
 
-def at(table, i, x):
-    """Entries i [B] of a float64 table, rounded to float32 like the public code's, ready to multiply x [B, C, H, W]."""
+def pick(table, i, x):
+    """Entries i [B] of a float64 table, rounded to float32 like the public code's, ready to multiply x [B, C,
+    H, W]."""
     return table.float().to(x)[i][:, None, None, None]
 
 
@@ -442,7 +502,8 @@ def normal_cdf(x):
 
 
 def discrete_nll(x, mean, logvar):
-    """-log of the Gaussian's mass in the bin of width 2/255 around x (nats); the outer bins reach to infinity."""
+    """-log of the Gaussian's mass in the bin of width 2/255 around x (nats); the outer bins reach to
+    infinity."""
     inv = torch.exp(-0.5 * logvar)
     below = normal_cdf(inv * (x - mean + 1 / 255))
     above = normal_cdf(inv * (x - mean - 1 / 255))
@@ -452,62 +513,76 @@ def discrete_nll(x, mean, logvar):
 
 def gaussian_kl(mean1, logvar1, mean2, logvar2):
     """KL(N1 || N2), elementwise (nats)."""
-    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
 
 
 class Diffusion:
-    """DiT's chain of `steps`, or of `keep` of them spread evenly; the model sees the original indices, `times`.
+    """DiT's chain of `steps`, or of `keep` of them spread evenly; the model sees the original indices,
+    `times`.
 
-    The model predicts the noise and, as a fraction between the two bounds' logarithms, the variance of each step.
+    The model predicts the noise and, as a fraction between the two bounds' logarithms, the variance of each
+    step.
     """
+
+    name = "dit"
+    samplers = {"ddpm": (2, 1000)}
 
     def __init__(self, steps=1000, keep=None, device=None):
         keep = steps if keep is None else keep
         if not 2 <= keep <= steps:
-            raise ValueError(f"--steps {keep}: the diffusion can take 2 to {steps} steps")
+            raise UserError(f"--steps {keep}: the diffusion can take 2 to {steps} steps")
         self.steps = steps
         self.times = torch.tensor([round(i * (steps - 1) / (keep - 1)) for i in range(keep)], device=device)
-        self.abar = alphas_bar(steps).to(device)[self.times]         # x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise
+        self.abar = alphas_bar(steps).to(device)[self.times]  # x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise
         before = F.pad(self.abar[:-1], (1, 0), value=1.0)
         self.betas = 1 - self.abar / before
-        self.c0 = self.betas * before.sqrt() / (1 - self.abar)                   # q(x_{t-1} | x_t, x_0) has the mean
-        self.ct = (1 - before) * (1 - self.betas).sqrt() / (1 - self.abar)       # c0 x_0 + ct x_t and the variance
+        self.c0 = self.betas * before.sqrt() / (1 - self.abar)  # q(x_{t-1} | x_t, x_0) has the mean
+        self.ct = (1 - before) * (1 - self.betas).sqrt() / (1 - self.abar)  # c0 x_0 + ct x_t and the variance
         variance = self.betas * (1 - before) / (1 - self.abar)
         variance[0] = variance[1]                                                # its own is 0
         self.log_min, self.log_max = variance.log(), self.betas.log()
 
     def reverse(self, out, x, i):
-        """p(x_{t-1} | x_t): mean, log variance and predicted data, from the output [B, 2C, H, W] at x, index i [B]."""
+        """p(x_{t-1} | x_t): mean, log variance and predicted data, from the output [B, 2C, H, W] at x, index
+        i [B]."""
         eps, v = out.chunk(2, 1)
         fraction = (v + 1) / 2
-        logvar = fraction * at(self.log_max, i, x) + (1 - fraction) * at(self.log_min, i, x)
-        x0 = at((1 / self.abar).sqrt(), i, x) * x - at((1 / self.abar - 1).sqrt(), i, x) * eps
-        return at(self.c0, i, x) * x0 + at(self.ct, i, x) * x, logvar, x0
+        logvar = fraction * pick(self.log_max, i, x) + (1 - fraction) * pick(self.log_min, i, x)
+        x0 = pick((1 / self.abar).sqrt(), i, x) * x - pick((1 / self.abar - 1).sqrt(), i, x) * eps
+        return pick(self.c0, i, x) * x0 + pick(self.ct, i, x) * x, logvar, x0
 
-    def terms(self, model, x, y, noise, t):
-        """The loss's two terms, [B] each: the noise's squared error, and the variational bound in bits per dimension,
-        which moves the variance only (Nichol & Dhariwal 2021). x, noise [B, C, H, W]; t [B] in 0..steps-1."""
-        expect(model, "dit")
-        xt = at(self.abar.sqrt(), t, x) * x + at((1 - self.abar).sqrt(), t, x) * noise
-        out = model(xt, self.times.to(t.device)[t], y).to(x.dtype)               # [B, 2C, H, W]
+    def time(self, u):
+        """Training times [B] in 0..steps-1 from uniform u [B] in [0, 1)."""
+        return (u * self.steps).long()
+
+    def noised(self, x, noise, t):
+        """What the model is shown at times t [B]: x_t [B, C, H, W]."""
+        return pick(self.abar.sqrt(), t, x) * x + pick((1 - self.abar).sqrt(), t, x) * noise
+
+    def terms(self, out, x, noise, t):
+        """The loss's two terms, [B] each, of the output [B, 2C, H, W]: the noise's squared error, and the
+        variational bound in bits per dimension, which moves the variance only (Nichol & Dhariwal 2021)."""
         eps, v = out.chunk(2, 1)
+        xt = self.noised(x, noise, t)
         mean, logvar, _ = self.reverse(torch.cat([eps.detach(), v], 1), xt, t)
-        true = at(self.c0, t, x) * x + at(self.ct, t, x) * xt
-        kl = gaussian_kl(true, at(self.log_min, t, x), mean, logvar).mean((1, 2, 3))
+        true = pick(self.c0, t, x) * x + pick(self.ct, t, x) * xt
+        kl = gaussian_kl(true, pick(self.log_min, t, x), mean, logvar).mean((1, 2, 3))
         nll = discrete_nll(x, mean, logvar).mean((1, 2, 3))
         return (eps - noise).square().mean((1, 2, 3)), torch.where(t == 0, nll, kl) / math.log(2)
 
-    def loss(self, model, x, y, noise, t):
+    def loss(self, out, x, noise, t):
         """DiT's hybrid loss [B], the sum of the two terms."""
-        return sum(self.terms(model, x, y, noise, t))
+        return sum(self.terms(out, x, noise, t))
 
     @torch.no_grad()
-    def sample(self, model, noise, y, steps=250, draw=None, callback=None):
+    def sample(self, model, noise, y, sampler="ddpm", steps=250, draw=None, callback=None):
         """Ancestral sampling (DDPM) from noise [B, C, H, W] in `steps` of the chain's steps, with y [B].
 
-        draw(k) is step k's noise (the last step has none); callback(k, t, x, x0) as in Flow.sample, t in 0..999.
+        draw(k) is step k's noise (the last step has none); callback(k, t, x, x0) as in Flow.sample, t in
+        0..999.
         """
-        expect(model, "dit")
+        check_sampling(self, model, sampler, steps)
         chain = Diffusion(self.steps, steps, noise.device)
         x, draw = noise, draw or (lambda k: torch.randn_like(noise))
         for k, t in enumerate(reversed(chain.times.tolist())):
@@ -517,3 +592,8 @@ class Diffusion:
                 callback(k, t, x, x0)
             x = mean if k == steps - 1 else mean + torch.exp(0.5 * logvar) * draw(k).to(x)
         return x
+
+
+def process_of(model, device=None):
+    """The process that a model ("sit", "dit", or a network with that field) was trained for."""
+    return Diffusion(device=device) if getattr(model, "process", model) == "dit" else Flow()

@@ -1,4 +1,5 @@
-"""What several test files share: the golden numbers and the rule behind their weights, and the optional shared folder."""
+"""What several test files share: the golden numbers and the rule behind their weights, and the optional
+shared folder."""
 import math
 import os
 import signal
@@ -15,16 +16,23 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 def pytest_configure(config):
-    """These tests compare on a CPU, also where there is a GPU; only those of public weights are for either."""
+    """These tests compare on a CPU, also where there is a GPU; only those of public weights are for
+    either."""
     if config.option.markexpr != "public":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def gen(key, shape):
-    """The weight that golden numbers were made with: a function of the public key's name alone (golden/README.md)."""
+    """The weight that golden numbers were made with: a function of the public key's name alone
+    (golden/README.md)."""
     a = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(shape)
     last = key.split(".")[-1]
-    scale, offset = {"bias": (.05, 0), "gamma": (.1, 1), "running_mean": (.3, 0), "running_var": (.2, 1)}.get(last, (.5, 0))
+    scale, offset = {
+        "bias": (0.05, 0),
+        "gamma": (0.1, 1),
+        "running_mean": (0.3, 0),
+        "running_var": (0.2, 1),
+    }.get(last, (0.5, 0))
     if last == "weight":
         scale, offset = (.1, 1) if len(shape) == 1 else (1 / math.sqrt(math.prod(shape[1:])), 0)
     if "embedding_table" in key:
@@ -38,7 +46,9 @@ class Golden:
     def __init__(self, name):
         self.d = np.load(GOLDEN / f"{name}.npz")
         self.slices = dict(s.split("|") for s in self.d["slices"]) if "slices" in self.d else {}
-        self.recipes = {s.split("|")[0]: s.split("|")[1:] for s in self.d["recipes"]} if "recipes" in self.d else {}
+        self.recipes = (
+            {s.split("|")[0]: s.split("|")[1:] for s in self.d["recipes"]} if "recipes" in self.d else {}
+        )
 
     def __getitem__(self, name):
         return self.d[name]
@@ -47,7 +57,8 @@ class Golden:
         return name in self.d
 
     def state(self, network, strip=""):
-        """The state dict of a network, float32 torch tensors under the public names (less the prefix `strip`)."""
+        """The state dict of a network, float32 torch tensors under the public names (less the prefix
+        `strip`)."""
         pairs = [s.split(":") for s in self.d[f"{network}.keys"]]
         state = {k: torch.from_numpy(gen(k, tuple(map(int, s.split(","))))) for k, s in pairs}
         total = sum(v.double().abs().sum().item() for v in state.values())
@@ -75,7 +86,8 @@ def golden():
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder named by REALS_SHARED, with photographs and judge networks; tests that need it skip without."""
+    """The folder named by REALS_SHARED, with photographs and judge networks; tests that need it skip
+    without."""
     if not os.environ.get("REALS_SHARED"):
         pytest.skip("REALS_SHARED is not set: no photographs and no judge networks here")
     return Path(os.environ["REALS_SHARED"])
@@ -97,7 +109,8 @@ def one_thread():
 
 
 def relative(a, b):
-    """Greatest absolute difference over greatest absolute value of b, the measure of every agreement in these tests."""
+    """Greatest absolute difference over greatest absolute value of b, the measure of every agreement in these
+    tests."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     assert a.shape == b.shape, (a.shape, b.shape)
     return ((a - b).abs().max() / b.abs().max()).item()
@@ -116,15 +129,19 @@ def call(module, *words):
 
 
 class Chain:
-    """A tiny run of everything: pictures, a random teacher, a VAE of 4 steps and a SiT of 6, in one folder."""
+    """A tiny run of everything: pictures, a random teacher, a VAE of 4 steps and a SiT of 6, in one
+    folder."""
 
-    tune = "--gan 0.1 --gan-start 1 --perceptual 0 --align 1 --align-hidden 32 --batch 8 --log-every 2 --save-every 2 --picture-every 4"
+    tune = ("--gan 0.1 --gan-start 1 --perceptual 0 --align 1 --align-hidden 32 --batch 8 "
+            "--log-every 2 --save-every 2 --picture-every 4")
     small = "--init none --ch 16 --mult 1 2 4 --blocks 1 --workers 0"
-    sit = "--model T --norm std --std 1 --batch 8 --ema 0.5 --lr 1e-3 --log-every 2 --save-every 2 --picture-every 6 --workers 0"
+    sit = ("--model T --norm std --std 1 --batch 8 --ema 0.5 --lr 1e-3 --log-every 2 --save-every 2 "
+           "--picture-every 6 --workers 0")
 
     def __init__(self, root):
-        import dino
         import shapes
+
+        import dino
         import train_sit
         import train_vae
         self.root, self.data = root, root / "data"

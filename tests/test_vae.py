@@ -1,5 +1,8 @@
 """vae.py against diffusers, closed forms, golden crops, and files of every layout and kind of damage."""
+import copy
+import errno
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -8,17 +11,23 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, call, relative
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import dino
 import fid
+import sit
 import vae as V
-from conftest import ROOT, relative
+from vae import UserError
 
 SMALL = dict(ch=32, mult=(1, 2, 4), blocks=2, z_channels=4)
 
@@ -29,8 +38,14 @@ def drawn(model, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=g, dtype=torch.float64)
-            p.copy_(noise / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.3 * noise + (1 if "norm" in name and "weight" in name else 0))
+            gain = 1 if "norm" in name and "weight" in name else 0
+            p.copy_(noise / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.3 * noise + gain)
     return model
+
+
+def sizes(model):
+    """A VAE's settings with the number of groups in use, as they are read from public files."""
+    return {**model.settings, "groups": model.groups}
 
 
 def images(*shape, seed=1):
@@ -49,12 +64,15 @@ def folder(small, tmp_path_factory):
     return path
 
 
-# ------------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------------------ the network
 
 
 def test_full_size_has_the_public_parameter_count():
     model = V.VAE()
-    count = lambda m: sum(p.numel() for p in m.parameters())
+
+    def count(m):
+        return sum(p.numel() for p in m.parameters())
+
     assert count(model) == 83_653_863 and len(model.state_dict()) == 248
     assert count(model.encoder) == 34_163_592 and count(model.decoder) == 49_490_179
 
@@ -63,7 +81,8 @@ def test_full_size_has_the_public_parameter_count():
 def test_equals_diffusers(small, folder, size):
     from diffusers import AutoencoderKL
     theirs = AutoencoderKL.from_pretrained(folder).eval()
-    x, z = images(2, 3, *size), torch.randn(2, 4, size[0] // 4, size[1] // 4, generator=torch.Generator().manual_seed(2))
+    g = torch.Generator().manual_seed(2)
+    x, z = images(2, 3, *size), torch.randn(2, 4, size[0] // 4, size[1] // 4, generator=g)
     with torch.no_grad():
         a, b = small.encode(x), theirs.encode(x).latent_dist
         assert relative(a.mean, b.mean) < 1e-5 and relative(a.std, b.std) < 1e-5
@@ -71,22 +90,27 @@ def test_equals_diffusers(small, folder, size):
         assert relative(small.decode(z), theirs.decode(z).sample) < 1e-5
 
 
-@pytest.mark.parametrize("sizes", [dict(ch=16, mult=(1, 2, 4, 4)), dict(ch=16, mult=(1, 1, 2, 2, 4), z_channels=32),
-                                   dict(ch=16, mult=(1, 2), z_channels=8),
-                                   dict(ch=16, mult=(1, 3, 2), z_channels=16, blocks=1, groups=4)], ids=str)
-def test_other_widths_equal_diffusers(tmp_path, sizes):
+@pytest.mark.parametrize("settings", [
+    dict(ch=16, mult=(1, 2, 4, 4)), dict(ch=16, mult=(1, 1, 2, 2, 4), z_channels=32),
+    dict(ch=16, mult=(1, 2), z_channels=8),
+    dict(ch=16, mult=(1, 3, 2), z_channels=16, blocks=1, groups=4)], ids=str)
+def test_other_widths_equal_diffusers(tmp_path, settings):
     """Both ways at relative 1e-5, every gain and bias drawn; and the folder gives back the sizes."""
     from diffusers import AutoencoderKL
-    ours = drawn(V.VAE(**sizes), seed=3).eval()
+    ours = drawn(V.VAE(**settings), seed=3).eval()
     ours.save(tmp_path)
     theirs = AutoencoderKL.from_pretrained(tmp_path).eval()
-    x, z = images(2, 3, 64, 96), torch.randn(2, ours.z_channels, 64 // ours.f, 96 // ours.f, generator=torch.Generator().manual_seed(2))
+    g = torch.Generator().manual_seed(2)
+    x, z = images(2, 3, 64, 96), torch.randn(2, ours.z_channels, 64 // ours.f, 96 // ours.f, generator=g)
     with torch.no_grad():
         a, b = ours.encode(x), theirs.encode(x).latent_dist
         assert relative(a.mean, b.mean) <= 1e-5 and relative(a.std, b.std) <= 1e-5
         assert relative(ours.decode(z), theirs.decode(z).sample) <= 1e-5
     again = V.VAE.load(tmp_path)
-    assert again.config == ours.config and V.fingerprint(again) == V.fingerprint(ours)
+    assert again.settings == ours.settings and V.fingerprint(again) == V.fingerprint(ours)
+    (tmp_path / "reals.json").unlink()                       # and so do the tensors, as of a public folder
+    again = V.VAE.load(tmp_path)
+    assert again.settings == sizes(ours) and V.fingerprint(again) == V.fingerprint(ours)
 
 
 def test_every_branch_matters(small):
@@ -104,11 +128,12 @@ def test_every_branch_matters(small):
 
 
 MUTANTS = {
-    "pad on the left and top": lambda m: m.setattr(V.Downsample, "forward", lambda s, x: s.conv(F.pad(x, (1, 0, 1, 0)))),
-    "bilinear upsampling": lambda m: m.setattr(V.Upsample, "forward", lambda s, x: s.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear"))),
-    "gelu for silu": lambda m: m.setattr(V.F, "silu", F.gelu),
-    "attention without scale": lambda m: m.setattr(V.F, "scaled_dot_product_attention",
-                                                   lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v),
+    "pad on the left and top": (V.Downsample, "forward", lambda s, x: s.conv(F.pad(x, (1, 0, 1, 0)))),
+    "bilinear upsampling": (V.Upsample, "forward",
+                            lambda s, x: s.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear"))),
+    "gelu for silu": (V.F, "silu", F.gelu),
+    "attention without scale": (V.F, "scaled_dot_product_attention",
+                                lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v),
 }
 
 
@@ -117,14 +142,16 @@ def test_mutants_miss_by_ten_tolerances(small, monkeypatch, name):
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         right = small.decode(small.encode(x).mean)
-        MUTANTS[name](monkeypatch)
+        monkeypatch.setattr(*MUTANTS[name])
         assert relative(small.decode(small.encode(x).mean), right) > 1e-4
 
 
 def test_norm_eps_is_1e6_in_float64(folder):
-    """Float32 cannot show the eps of the norms; float64 against diffusers can, and another eps misses by far."""
+    """Float32 cannot show the eps of the norms; float64 against diffusers can, and another eps misses by
+    far."""
     from diffusers import AutoencoderKL
-    ours, theirs, x = V.VAE.load(folder).double(), AutoencoderKL.from_pretrained(folder).double(), images(1, 3, 32, 32).double()
+    ours, theirs = V.VAE.load(folder).double(), AutoencoderKL.from_pretrained(folder).double()
+    x = images(1, 3, 32, 32).double()
     with torch.no_grad():
         right = theirs.decode(theirs.encode(x).latent_dist.mean).sample
         assert relative(ours.decode(ours.encode(x).mean), right) < 1e-10
@@ -170,7 +197,48 @@ def test_a_new_vae_starts_with_log_variance_minus_four():
     assert torch.equal(q.logvar, torch.full_like(q.logvar, -4))
 
 
-# ------------------------------------------------------------------------------------------------------ weight files
+def test_moments_are_the_posteriors_mean_and_log_variance(small):
+    x = images(2, 3, 16, 24)
+    with torch.no_grad():
+        moments, q = small.moments(x), small.encode(x)
+    assert moments.shape == (2, 8, 4, 6) and torch.equal(moments[:, :4], q.mean)
+    assert torch.equal(moments[:, 4:].clamp(-30, 20), q.logvar)
+
+
+def test_settings_are_the_constructors_arguments():
+    assert V.VAE(16, (1, 2), 1).settings == dict(ch=16, mult=[1, 2], blocks=1, z_channels=4, groups=None)
+    assert V.VAE(16, (1, 2), 1).groups == 16 and V.VAE(64, (1, 2), 1, groups=8).groups == 8
+    assert V.Align(4, 24, 1, 7).settings == dict(z_channels=4, dim=24, layers=1, hidden=7, features="both")
+    with pytest.raises(UserError, match=r"widths \[48, 96\] .* no multiples of 32 groups"):
+        V.VAE(48, (1, 2))
+
+
+class Louder(V.VAE):
+    """A network with one argument more, as a reader of the code may write it."""
+
+    def __init__(self, *sizes, gain=1.0, **named):
+        super().__init__(*sizes, **named)
+        self.settings["gain"] = self.gain = gain
+
+    def decode(self, z):
+        return self.gain * super().decode(z)
+
+
+def test_an_argument_more_lives_through_settings_a_folder_and_its_loading(small, folder, tmp_path):
+    model = drawn(Louder(**SMALL, gain=3.0)).eval()
+    model.save(tmp_path)
+    again, z = Louder.load(tmp_path), torch.randn(1, 4, 3, 3)
+    assert again.settings == model.settings == {**small.settings, "gain": 3.0}
+    with torch.no_grad():
+        assert torch.equal(again.decode(z), model.decode(z))
+        assert torch.equal(again.decode(z), 3 * small.decode(z))
+    with pytest.raises(UserError, match="safetensors: its settings make no VAE: .*'gain'") as e:
+        V.VAE.load(tmp_path)
+    assert "\n" not in str(e.value)
+    assert Louder.load(folder).gain == 1.0                   # a folder that does not know it has the default
+
+
+# ----------------------------------------------------------------------------------------------- weight files
 
 
 def compvis(state, levels):
@@ -180,15 +248,18 @@ def compvis(state, levels):
         parts = k.split(".")
         if "down_blocks" in k:
             i, kind = parts[2], parts[3]
-            k = f"encoder.down.{i}." + (f"block.{'.'.join(parts[4:])}" if kind == "resnets" else "downsample." + ".".join(parts[5:]))
+            block, change = ".".join(parts[4:]), ".".join(parts[5:])
+            k = f"encoder.down.{i}." + (f"block.{block}" if kind == "resnets" else f"downsample.{change}")
         elif "up_blocks" in k:
             i, kind = levels - 1 - int(parts[2]), parts[3]
-            k = f"decoder.up.{i}." + (f"block.{'.'.join(parts[4:])}" if kind == "resnets" else "upsample." + ".".join(parts[5:]))
+            block, change = ".".join(parts[4:]), ".".join(parts[5:])
+            k = f"decoder.up.{i}." + (f"block.{block}" if kind == "resnets" else f"upsample.{change}")
         elif "mid_block.resnets" in k:
             k = f"{parts[0]}.mid.block_{int(parts[3]) + 1}." + ".".join(parts[4:])
         elif "mid_block.attentions" in k:
             rest = ".".join(parts[4:]).replace("group_norm", "norm").replace("to_out.0", "proj_out")
-            k = f"{parts[0]}.mid.attn_1." + rest.replace("to_q", "q").replace("to_k", "k").replace("to_v", "v")
+            rest = rest.replace("to_q", "q").replace("to_k", "k").replace("to_v", "v")
+            k = f"{parts[0]}.mid.attn_1.{rest}"
             v = v[:, :, None, None] if v.ndim == 2 else v
         k = k.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         out[k] = v
@@ -205,18 +276,24 @@ def old_diffusers(state):
     return out
 
 
+def four_d(state):
+    """With matrices as the 1 x 1 convolutions that they once were."""
+    return {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in state.items()}
+
+
+OTHERS = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
 LAYOUTS = {
     "safetensors": lambda s, p: V.write_safetensors(s, p / "a.safetensors"),
     "bin": lambda s, p: torch.save(s, p / "a.bin"),
     "old diffusers names": lambda s, p: torch.save(old_diffusers(s), p / "a.bin"),
-    "old names, 4-D attention": lambda s, p: torch.save(
-        {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in old_diffusers(s).items()}, p / "a.bin"),
-    "new names, 4-D attention": lambda s, p: torch.save({k: v[:, :, None, None] if v.ndim == 2 else v for k, v in s.items()}, p / "a.bin"),
+    "old names, 4-D attention": lambda s, p: torch.save(four_d(old_diffusers(s)), p / "a.bin"),
+    "new names, 4-D attention": lambda s, p: torch.save(four_d(s), p / "a.bin"),
     "compvis, bare": lambda s, p: torch.save(compvis(s, 3), p / "a.ckpt"),
     "compvis, state_dict and loss": lambda s, p: torch.save(
-        {"epoch": 3, "state_dict": {**compvis(s, 3), "loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}}, p / "a.ckpt"),
+        {"epoch": 3, "state_dict": {**compvis(s, 3), **OTHERS}}, p / "a.ckpt"),
     "inside an LDM": lambda s, p: torch.save({"state_dict": {
-        **{f"first_stage_model.{k}": v for k, v in compvis(s, 3).items()}, "model.diffusion_model.x": torch.zeros(2)}}, p / "a.ckpt"),
+        **{f"first_stage_model.{k}": v for k, v in compvis(s, 3).items()},
+        "model.diffusion_model.x": torch.zeros(2)}}, p / "a.ckpt"),
 }
 
 
@@ -227,18 +304,20 @@ def test_every_layout_loads(small, tmp_path, layout):
     drawn = torch.get_rng_state()
     loaded = V.VAE.load(file)
     assert torch.equal(torch.get_rng_state(), drawn)             # loading draws no random numbers
-    assert loaded.config == small.config and V.fingerprint(loaded) == V.fingerprint(small)
+    assert loaded.settings == sizes(small) and V.fingerprint(loaded) == V.fingerprint(small)
 
 
 def test_diffusers_own_folders_load(tmp_path):
-    """A folder that diffusers wrote, with its own norm groups, as safetensors and as .bin: 16 latent channels, f16."""
+    """A folder that diffusers wrote, with its own norm groups, as safetensors and as .bin: 16 latent
+    channels, f16."""
     from diffusers import AutoencoderKL
-    theirs = AutoencoderKL(block_out_channels=(16, 16, 32, 32, 32), latent_channels=16, norm_num_groups=8, layers_per_block=1,
-                           down_block_types=["DownEncoderBlock2D"] * 5, up_block_types=["UpDecoderBlock2D"] * 5).eval()
+    down, up = ["DownEncoderBlock2D"] * 5, ["UpDecoderBlock2D"] * 5
+    theirs = AutoencoderKL(block_out_channels=(16, 16, 32, 32, 32), latent_channels=16, norm_num_groups=8,
+                           layers_per_block=1, down_block_types=down, up_block_types=up).eval()
     for safe in (True, False):
         theirs.save_pretrained(tmp_path / str(safe), safe_serialization=safe)
         ours, x = V.VAE.load(tmp_path / str(safe)), images(1, 3, 64, 64)
-        assert (ours.f, ours.z_channels, ours.config["groups"]) == (16, 16, 8)
+        assert (ours.f, ours.z_channels, ours.settings["groups"]) == (16, 16, 8)
         with torch.no_grad():
             assert relative(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) < 1e-5
 
@@ -247,17 +326,50 @@ def test_a_runs_folder_holds_heads_and_statistics(small, tmp_path):
     align, info = V.Align(4, 24, layers=4, hidden=16), {"latents": {"mean": 0.5}}
     small.save(tmp_path / "vae", align, info)
     loaded, heads = V.VAE.load(tmp_path), V.Align.load(tmp_path)
-    assert loaded.info == info and V.fingerprint(loaded) == V.fingerprint(small) and heads.config == align.config
+    assert loaded.info == {"vae": small.settings, "align": align.settings, **info}
+    assert loaded.folder == tmp_path / "vae" and not loaded.training and not heads.training
+    assert V.fingerprint(loaded) == V.fingerprint(small) and heads.settings == align.settings
     z = torch.randn(2, 4, 3, 5)
     assert all(torch.equal(a, b) for a, b in zip(heads(z), align(z)))
     other = tmp_path / "vae/other.safetensors"
     shutil.copy(tmp_path / "vae/diffusion_pytorch_model.safetensors", other)
-    assert V.Align.load(other).config == align.config
+    assert V.Align.load(other).settings == align.settings
     (tmp_path / "bare").mkdir()
     shutil.copy(other, tmp_path / "bare")
-    for source in (tmp_path / "bare", V.VAE.load(tmp_path / "bare/other.safetensors").folder, "sd-vae-ft-ema"):
-        with pytest.raises(FileNotFoundError, match="no align.safetensors beside this VAE"):
+    for source in (tmp_path / "bare", V.VAE.load(tmp_path / "bare/other.safetensors").folder,
+                   "sd-vae-ft-ema"):
+        with pytest.raises(UserError, match="no align.safetensors beside this VAE"):
             V.Align.load(source)
+
+
+def test_a_folder_without_heads_says_so(small, tmp_path):
+    small.save(tmp_path)
+    assert V.read_json(tmp_path / "reals.json") == {"vae": small.settings, "align": None}
+    assert V.VAE.load(tmp_path).settings == small.settings and not (tmp_path / "align.safetensors").exists()
+
+
+def test_heads_that_do_not_fit_their_settings_are_refused_in_one_line(small, tmp_path):
+    align = V.Align(4, 24)
+    small.save(tmp_path, align)
+
+    def refused(message):
+        with pytest.raises(UserError, match=message) as e:
+            V.Align.load(tmp_path)
+        assert "\n" not in str(e.value)
+
+    V.write_safetensors(small.state_dict(), tmp_path / "align.safetensors")
+    refused(r'align.safetensors: Missing key\(s\) in state_dict: "patch.0.weight"')
+    V.write_safetensors(V.Align(8, 24).state_dict(), tmp_path / "align.safetensors")
+    refused("align.safetensors: size mismatch for patch.0.weight: ")
+    V.write_safetensors({**align.state_dict(), "x": torch.zeros(1)}, tmp_path / "align.safetensors")
+    refused(r'align.safetensors: Unexpected key\(s\) in state_dict: "x"')
+    V.write_safetensors(align.state_dict(), tmp_path / "align.safetensors")
+    V.save({"vae": small.settings, "align": {**align.settings, "layers": "two"}}, tmp_path / "reals.json")
+    refused("align.safetensors: its settings make no Align: ")
+    V.save({"vae": small.settings, "align": None}, tmp_path / "reals.json")
+    refused("align.safetensors: its settings make no Align: ")
+    (tmp_path / "reals.json").unlink()
+    refused("reals.json: no such file")
 
 
 class Bomb:
@@ -307,7 +419,8 @@ def spoilt(kind, good, path):
         torch.save({0: torch.zeros(1)}, path)
     elif kind == "empty tensors that promise much":
         path = path / "a.pth"
-        torch.save({k: torch.zeros(64000, 0, 3, 3) if ".conv1.weight" in k else v for k, v in V.read(good).items()}, path)
+        empty = torch.zeros(64000, 0, 3, 3)
+        torch.save({k: empty if ".conv1.weight" in k else v for k, v in V.read(good).items()}, path)
     elif kind in ("a scalar, in", "a scalar, out"):
         path = path / "a.pth"
         name = "post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
@@ -320,24 +433,37 @@ def spoilt(kind, good, path):
     elif kind == "html in reals":
         shutil.copytree(good.parent, path, dirs_exist_ok=True)
         (path / "reals.json").write_text("<!DOCTYPE html>\n<html></html>")
+    elif kind.endswith("settings"):
+        shutil.copytree(good.parent, path, dirs_exist_ok=True)
+        own = V.read_json(path / "reals.json")["vae"]
+        odd = {"unknown": {**own, "depth": 3}, "impossible": {**own, "groups": 7}, "list of": [1, 2],
+               "text for": {**own, "blocks": "2"}, "other": {**own, "ch": 64}}[kind.removesuffix(" settings")]
+        V.save({"vae": odd}, path / "reals.json")
+        path = path / "diffusion_pytorch_model.safetensors"
     return path
 
 
-@pytest.mark.parametrize("kind", ["truncated safetensors", "offsets outside", "header longer than the file", "empty", "html, pth", "html, safetensors",
-                                  "pickle that runs code", "truncated pth", "another network", "a key too many", "a key missing",
-                                  "no name", "empty tensors that promise much", "a scalar, in", "a scalar, out", "html in config", "list in config", "groups in config",
-                                  "html in reals"])
+@pytest.mark.parametrize("kind", [
+    "truncated safetensors", "offsets outside", "header longer than the file", "empty", "html, pth",
+    "html, safetensors", "pickle that runs code", "truncated pth", "another network", "a key too many",
+    "a key missing", "no name", "empty tensors that promise much", "a scalar, in", "a scalar, out",
+    "html in config", "list in config", "groups in config", "html in reals", "unknown settings",
+    "impossible settings", "text for settings", "other settings", "list of settings"])
 def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     path = spoilt(kind, folder / "diffusion_pytorch_model.safetensors", tmp_path)
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(UserError) as e:
         V.VAE.load(path)
     assert path.name in str(e.value) and "\n" not in str(e.value)
     if "html," in kind:
         assert "begins with b'<!DOCTYPE" in str(e.value) and "delete it and get it again" in str(e.value)
     if "key" in kind:
-        assert ("extra.weight" if "many" in kind else "decoder.conv_out.bias") in str(e.value)
+        assert ('Unexpected key(s) in state_dict: "extra.weight"' if "many" in kind else
+                'Missing key(s) in state_dict: "decoder.conv_out.bias"') in str(e.value)
     if "scalar" in kind:
-        assert ("post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight") + " is ()" in str(e.value)
+        key = "post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
+        assert f"{key} is ()" in str(e.value)
+    if "settings" in kind:
+        assert ("size mismatch for" if "other" in kind else "its settings make no VAE") in str(e.value)
     if "config" in kind or "reals" in kind:
         assert f"{kind.split()[-1]}.json" in str(e.value)
     assert not os.path.exists("/tmp/never-made-by-reals")
@@ -348,7 +474,8 @@ def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
     (lambda: V.VAE.load("sd-vae-ft-ema"), "sd-vae-ft-ema.safetensors", V.PUBLIC["sd-vae-ft-ema"][0]),
     (fid.Inception.load, "pt_inception-2015-12-05-6726825d.pth", fid.PUBLIC["inception"][0]),
     (fid.LPIPS.load, "vgg16-397923af.pth", fid.PUBLIC["vgg16"][0]),
-    (lambda: fid.LPIPS.load(fid.LPIPS([1] * 13).state_dict(), "lpips"), "lpips-v0.1-vgg.pth", fid.PUBLIC["lpips"][0])],
+    (lambda: fid.LPIPS.load(fid.LPIPS([1] * 13).state_dict(), "lpips"), "lpips-v0.1-vgg.pth",
+     fid.PUBLIC["lpips"][0])],
     ids=["sd-vae-ft-mse", "sd-vae-ft-ema", "inception", "vgg16", "lpips"])
 def test_offline_the_error_names_file_url_and_folder(tmp_path, monkeypatch, load, file, url):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -356,12 +483,12 @@ def test_offline_the_error_names_file_url_and_folder(tmp_path, monkeypatch, load
     def offline(*a, **k):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(FileNotFoundError) as e:
+    with pytest.raises(UserError) as e:
         load()
     assert "\n" not in str(e.value) and url.startswith("https://")
     for part in (file, url, str(tmp_path / "checkpoints"), "no route to host"):
         assert part in str(e.value)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [".lock"]
 
 
 def test_a_public_name_comes_from_the_hub_cache_and_is_asked_for_once(small, tmp_path, monkeypatch):
@@ -374,7 +501,7 @@ def test_a_public_name_comes_from_the_hub_cache_and_is_asked_for_once(small, tmp
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):
         loaded = V.VAE.load("sd-vae-ft-ema")
-        assert loaded.config == small.config and V.fingerprint(loaded) == V.fingerprint(small)
+        assert loaded.settings == sizes(small) and V.fingerprint(loaded) == V.fingerprint(small)
     url = "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors"
     assert asked == [(url, str(tmp_path / "checkpoints" / "sd-vae-ft-ema.safetensors"))]
 
@@ -383,9 +510,9 @@ def test_a_download_of_another_hash_is_refused_and_not_kept(tmp_path, monkeypatc
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "file").write_bytes(b"not what it was")
     for sha256 in ("0" * 64, "6726825d"):
-        with pytest.raises(FileNotFoundError, match="invalid hash value"):
+        with pytest.raises(UserError, match="invalid hash value"):
             V.fetch((tmp_path / "file").as_uri(), "name.pth", sha256)
-    assert list((tmp_path / "hub/checkpoints").iterdir()) == []
+    assert [p.name for p in (tmp_path / "hub/checkpoints").iterdir()] == [".lock"]
     digest = hashlib.sha256(b"not what it was").hexdigest()
     assert V.fetch((tmp_path / "file").as_uri(), "name.pth", digest[:8]).read_bytes() == b"not what it was"
 
@@ -394,40 +521,44 @@ def test_a_cached_file_of_another_size_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "sd-vae-ft-mse.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="334,643,276"):
+    with pytest.raises(UserError, match="334,643,276"):
         V.VAE.load("sd-vae-ft-mse")
 
 
 TWO_WANT_ONE_FILE = """
 import os, sys, time
 sys.path.insert(0, "{root}")
-import torch, vae
+import torch, dino, sit, vae
 
 def download(url, path, hash_prefix=None, progress=True):
-    open("{here}/downloads", "a").write(os.environ["RANK"])
+    open("{here}/downloads", "a").write(url.split("/")[-1] + " ")
     time.sleep(1)
     open(path, "wb").write(b"weights")
 
 torch.hub.get_dir, torch.hub.download_url_to_file = lambda: "{here}", download
-def main():
-    run = vae.Run()
-    with run.first():
-        path = vae.fetch("https://nowhere/w.pth", "w.pth")
-    open("{here}/" + str(run.rank), "wb").write(path.read_bytes())
 
-vae.main(main)
+def main():
+    vae.start()
+    for k, fetch in enumerate((vae.fetch, sit.fetch)):
+        path = fetch(f"https://nowhere/{{k}}.pth", f"{{k}}.pth")
+        open(f"{here}/{{vae.rank()}}{{k}}", "wb").write(path.read_bytes())
+    path = dino.fetch("2", "https://nowhere/2.pth")
+    open(f"{here}/{{vae.rank()}}2", "wb").write(path.read_bytes())
+
+vae.run_script(main)
 """
 
 
-def test_of_several_ranks_one_downloads_while_the_others_wait(tmp_path):
+def test_of_several_processes_one_downloads_while_the_others_wait(tmp_path):
+    """Each of the three files has its own fetch."""
     (tmp_path / "two.py").write_text(TWO_WANT_ONE_FILE.format(root=ROOT, here=tmp_path))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*launch, str(tmp_path / "two.py")], check=True, capture_output=True)
-    assert (tmp_path / "downloads").read_text() == "0"
-    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == b"weights"
+    assert (tmp_path / "downloads").read_text() == "0.pth 1.pth 2.pth "
+    assert all((tmp_path / f"{rank}{k}").read_bytes() == b"weights" for rank in (0, 1) for k in (0, 1, 2))
 
 
-# ----------------------------------------------------------------------------------------- heads, normaliser, statistics
+# ------------------------------------------------------------------------------ heads, normaliser, statistics
 
 
 def test_align_maps_tokens_and_their_mean():
@@ -445,14 +576,36 @@ def test_align_depth_counts_linears(layers):
     assert len(linears) == layers and linears[0].in_features == 4 and linears[-1].out_features == 16
 
 
+@pytest.mark.parametrize("features, left_out", [("patch", "cls"), ("cls", "patch")])
+def test_one_mlp_alone_is_that_of_the_pair_and_the_other_is_none(small, tmp_path, features, left_out):
+    """Table 5: one seed starts an MLP with the same weights, whatever is kept beside it."""
+    torch.manual_seed(3)
+    both = V.Align(4, 24, hidden=16)
+    torch.manual_seed(3)
+    alone, z = V.Align(4, 24, hidden=16, features=features), torch.randn(2, 4, 3, 5)
+    kept = {"patch": 0, "cls": 1}[features]
+    assert getattr(alone, left_out) is None and alone(z)[1 - kept] is None
+    assert torch.equal(alone(z)[kept], both(z)[kept])
+    assert {k.split(".")[0] for k in alone.state_dict()} == {features}
+    small.save(tmp_path, alone)
+    if features == "patch":
+        loaded = V.Align.load(tmp_path)
+        assert loaded.settings == alone.settings
+        assert torch.equal(loaded(z)[0], alone(z)[0]) and loaded(z)[1] is None
+    else:
+        with pytest.raises(UserError, match="align.safetensors: its run had --features cls, .* no patch MLP"):
+            V.Align.load(tmp_path)
+
+
 def test_normalizer_is_equation_7_and_8_with_the_printed_constants():
     norm = V.Normalizer("max-min", V.PAPER)
     assert abs(norm.scale - 1.3853349) < 1e-6 and abs(norm.shift - 0.0765124) < 1e-6
     z = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     ours, sd = V.PAPER, V.SD_VAE
-    by_hand = (z - ours["mean"]) / (ours["max"] - ours["min"]) * (sd["max"] - sd["min"]) + sd["mean"]     # Eq. 7
+    our_range, sd_range = ours["max"] - ours["min"], sd["max"] - sd["min"]
+    by_hand = (z - ours["mean"]) / our_range * sd_range + sd["mean"]     # Eq. 7
     assert relative(norm.encode(z), 0.18215 * by_hand) < 1e-12
-    back = (by_hand - sd["mean"]) / (sd["max"] - sd["min"]) * (ours["max"] - ours["min"]) + ours["mean"]  # Eq. 8
+    back = (by_hand - sd["mean"]) / sd_range * our_range + ours["mean"]  # Eq. 8
     assert relative(norm.decode(norm.encode(z)), back) < 1e-12
 
 
@@ -464,25 +617,65 @@ def test_std_normalisation_gives_the_standard_deviation_asked_for():
     assert abs(V.Normalizer("std", stats).encode(z).std() - 0.18215 * 4.58407) < 1e-3
     assert abs(V.Normalizer("std", stats, 1.0).encode(z).std() - 1) < 1e-3
     assert torch.equal(V.Normalizer("none").encode(z), 0.18215 * z)
-    with pytest.raises(ValueError, match="min"):
+    with pytest.raises(UserError, match="min"):
         V.Normalizer("max-min", {"mean": 0, "std": 1, "min": None})
+    for kind, lacks in (("std", "mean"), ("max-min", "mean"), ("channel", "channel_mean")):
+        with pytest.raises(UserError, match=f"normalisation {kind} needs the latents' {lacks}"):
+            V.Normalizer(kind)
 
 
-def test_pca_recovers_three_planted_directions():
-    g = torch.Generator().manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(16, 16, generator=g))[0][:, :3]
-    amounts = torch.randn(4, 50, 3, generator=g) * torch.tensor([9.0, 3.0, 1.0])
-    colours, _ = V.pca(amounts @ axes.T)
+def channels_apart():
+    """Latents [20,3,4,5] whose channels differ in mean and spread."""
+    z = torch.randn(20, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return z * torch.tensor([0.1, 1.0, 7.0]).view(3, 1, 1) + torch.tensor([5.0, -2.0, 0.0]).view(3, 1, 1)
+
+
+def test_statistics_know_each_channels_mean_and_std():
+    z = channels_apart()
+    stats = V.statistics([z[:3], z[3:4], z[4:]])             # batches of any sizes
+    rows = z.transpose(0, 1).reshape(3, -1).numpy()
+    assert stats["channel_mean"] == pytest.approx(rows.mean(1).tolist(), rel=1e-9)
+    assert stats["channel_std"] == pytest.approx(rows.std(1).tolist(), rel=1e-9)
+    assert stats["mean"] == pytest.approx(rows.mean()) and stats["std"] == pytest.approx(rows.std())
+    assert (stats["n"], stats["min"], stats["max"]) == (20, rows.min(), rows.max())
+    assert json.loads(json.dumps(stats)) == stats            # plain numbers, as files hold them
+
+
+@pytest.mark.parametrize("std", [None, 0.5])
+def test_channel_normalisation_brings_each_channel_to_mean_0_and_the_std_asked_for(std):
+    z = channels_apart()
+    stats = V.statistics([z])
+    norm = V.Normalizer("channel", stats, std)
+    by_hand = np.empty(z.shape)
     for c in range(3):
-        inside = (colours[..., c] > 0) & (colours[..., c] < 1)
-        assert abs(torch.corrcoef(torch.stack([colours[..., c][inside], amounts[..., c][inside]]))[0, 1]) > 0.98
+        own = z[:, c].numpy()
+        by_hand[:, c] = (own - own.mean()) / own.std() * (std or 1)
+    x = norm.encode(z)
+    assert relative(x, by_hand) < 1e-12 and relative(norm.decode(x), z) < 1e-12
+    assert x.mean((0, 2, 3)).abs().max() < 1e-12
+    assert (x.std((0, 2, 3), correction=0) - (std or 1)).abs().max() < 1e-9
+    assert norm.encode(z.float()).dtype == torch.float32 and relative(norm.encode(z[0]), by_hand[0]) < 1e-12
+    assert norm.std_of(stats) == pytest.approx(std or 1) and "channel" in str(norm)
 
 
-# --------------------------------------------------------------------------------------------------- images and draws
+def test_a_normalizer_is_built_again_from_its_state_and_foretells_the_std():
+    z = channels_apart()
+    stats = V.statistics([z])
+    for kind, std in (("none", None), ("max-min", None), ("std", None), ("std", 2.0),
+                      ("channel", None), ("channel", 2.0)):
+        norm = V.Normalizer(kind, stats, std)
+        again = V.Normalizer(**json.loads(json.dumps(norm.state_dict())))
+        assert (again.scale, again.shift) == (norm.scale, norm.shift) and str(again) == str(norm)
+        assert torch.equal(again.encode(z), norm.encode(z))
+        assert norm.std_of(stats) == pytest.approx(norm.encode(z).std(correction=0).item(), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------- images and draws
 
 
 def golden_picture(width, height, seed):
-    q = np.random.RandomState(seed).randint(0, 256, size=(height // 8 + 2, width // 8 + 2, 3)).astype(np.int64)
+    size = height // 8 + 2, width // 8 + 2, 3
+    q = np.random.RandomState(seed).randint(0, 256, size=size).astype(np.int64)
     gh, gw = q.shape[:2]
     y, x = np.arange(height) * (gh - 1), np.arange(width) * (gw - 1)
     y0, x0 = np.minimum(y // (height - 1), gh - 2), np.minimum(x // (width - 1), gw - 2)
@@ -506,7 +699,7 @@ def test_center_crop_is_adms_byte_for_byte(golden):
             assert zlib.crc32(crop.tobytes()) == int(g[f"{name}.to{size}.crc32"])
 
 
-def test_odd_images_are_read_and_bad_ones_named(tmp_path):
+def test_odd_images_are_read_and_bad_ones_named(tmp_path, capsys):
     rgb = (np.indices((40, 30)).sum(0) * 3 % 256).astype(np.uint8)
     for c in "ab":
         (tmp_path / c).mkdir()
@@ -521,19 +714,72 @@ def test_odd_images_are_read_and_bad_ones_named(tmp_path):
     assert all(data[i][0].shape == (3, 32, 32) for i in range(5))
     gray, sixteen = (data[data.paths.index(f"a/{n}.png")][0] for n in ("gray", "sixteen"))
     assert (gray.int() - sixteen.int()).abs().max() <= 1        # not clipped to white
-    with pytest.raises(ValueError, match="zbad.jpg"):
+    with pytest.raises(UserError, match="zbad.jpg: not a readable image"):
         data[5]
-    image, label, bad = data.near(5)
-    assert torch.equal(image, data[0][0]) and label == 0 and bad == [5]
+    for i in (0, 5, 5):
+        image, label = data.first_readable(i)                # after the last one the first one follows
+        assert torch.equal(image, data[0][0]) and label == 0
+    named = capsys.readouterr().out
+    assert named.count("\n") == 1 and named.count("zbad.jpg: not a readable image") == 1
+    assert "the image after it takes its place" in named
     before = V.Images(tmp_path, 32).fingerprint
     (tmp_path / "b/zbad.jpg").write_bytes(b"longer than before, still not a jpeg")
     assert V.Images(tmp_path, 32).fingerprint != before
-    with pytest.raises(FileNotFoundError, match="no images here"):
+    with pytest.raises(UserError, match="no images here"):
         V.Images(tmp_path / "nowhere", 32)
 
 
+def test_a_hundred_unreadable_files_in_a_row_end_in_one_line_and_each_is_named_once(tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="100 files in a row are not readable images, from 1.png on") as e:
+        V.Images(tmp_path, 8).first_readable(1)
+    named = capsys.readouterr().out
+    assert "\n" not in str(e.value)
+    assert all(named.count(f"{i}.png: not a readable image") == 1 for i in range(3))
+
+
+class Archive(V.Images):
+    """Images in a zip file, by the three functions that say where files come from."""
+
+    def find(self):
+        return zipfile.ZipFile(self.root).namelist()
+
+    def open(self, path):
+        return zipfile.ZipFile(self.root).open(path)
+
+    def bytes(self, path):
+        return zipfile.ZipFile(self.root).getinfo(path).file_size
+
+
+def test_an_archive_of_images_is_the_folder_that_it_holds(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as z:
+        names = "b/2.png", "a/10.png", "a/1.jpg", "a/notes.txt", "a/.hidden.png", "b/broken.png"
+        for k, name in enumerate(names):
+            path = tmp_path / "folder" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(("txt", "broken.png")):
+                path.write_bytes(b"no picture")
+            else:
+                Image.fromarray(np.full((12, 16, 3), 40 * k, np.uint8)).save(path)
+            z.write(path, name)
+    folder, archive = V.Images(tmp_path / "folder", 8), Archive(tmp_path / "images.zip", 8)
+    assert archive.paths == folder.paths == ["a/1.jpg", "a/10.png", "b/2.png", "b/broken.png"]
+    assert archive.classes == ["a", "b"] and archive.labels.tolist() == folder.labels.tolist() == [0, 0, 1, 1]
+    assert archive.fingerprint == folder.fingerprint
+    for i in range(3):
+        assert torch.equal(archive[i][0], folder[i][0]) and archive[i][1] == folder[i][1]
+    with pytest.raises(UserError, match="images.zip/b/broken.png: not a readable image"):
+        archive[3]
+    for name in ("find", "open", "bytes"):                 # the same for every script, by replacing the three
+        monkeypatch.setattr(V.Images, name, getattr(Archive, name))
+    replaced = V.Images(tmp_path / "images.zip", 8)
+    assert replaced.fingerprint == folder.fingerprint and torch.equal(replaced[2][0], archive[2][0])
+
+
 def test_pixels_are_read_as_stored_and_splinters_are_no_pictures(tmp_path):
-    """An EXIF tag that asks for rotation changes nothing, as in ADM's, DiT's and SiT's readers; 100:1 is a picture, 101:1 is none."""
+    """An EXIF tag that asks for rotation changes nothing, as in ADM's, DiT's and SiT's readers; 100:1 is a
+    picture, 101:1 is none."""
     half = np.zeros((32, 32, 3), np.uint8)
     half[:16] = 255
     exif = Image.Exif()
@@ -545,7 +791,7 @@ def test_pixels_are_read_as_stored_and_splinters_are_no_pictures(tmp_path):
         Image.new("RGB", (length, 2)).save(tmp_path / f"{name}.png")
     data = V.Images(tmp_path, 8)
     assert data.paths == ["long.png", "splinter.png", "turned.png"] and data[0][0].shape == (3, 8, 8)
-    with pytest.raises(ValueError, match="splinter.png: not a readable image .202 x 2 pixels"):
+    with pytest.raises(UserError, match="splinter.png: not a readable image .202 x 2 pixels"):
         data[1]
 
 
@@ -553,7 +799,8 @@ def test_every_format_that_pillow_reads_is_an_image(tmp_path):
     from PIL import Image
     endings = "jpg jpeg jfif png apng bmp dib webp gif tif tiff ppm pgm pbm tga pcx sgi ico jp2 JPEG".split()
     for i, ending in enumerate(endings):
-        Image.new("1" if ending == "pbm" else "L" if ending == "pgm" else "RGB", (16, 16)).save(tmp_path / f"{i}.{ending}")
+        mode = {"pbm": "1", "pgm": "L"}.get(ending, "RGB")
+        Image.new(mode, (16, 16)).save(tmp_path / f"{i}.{ending}")
     (tmp_path / "notes.txt").write_text("no image")
     images = V.Images(tmp_path, 16)
     assert len(images) == len(endings) and all(images[i][0].shape == (3, 16, 16) for i in range(len(images)))
@@ -567,14 +814,31 @@ def test_a_flat_folder_has_no_classes(tmp_path):
 
 def test_draws_are_functions_of_all_of_their_key():
     keys = [(5,), (5 + 2**32,), (5, 0), (5, 1), (5, 0, 0), (0, 5), (2**40,), (1, 2**32), (1, 0, 1)]
-    first = [V.rng(0, "noise", *k).integers(2**63) for k in keys] + [V.rng(s, "noise", 5).integers(2**63) for s in (1, 2**32)]
+    first = [V.rng(0, "noise", *k).integers(2**63) for k in keys]
+    first += [V.rng(s, "noise", 5).integers(2**63) for s in (1, 2**32)]
     first += [V.rng(0, "flip", 5).integers(2**63)]
     assert len(set(first)) == len(first)
     assert V.rng(3, "noise", 4).random() == V.rng(3, "noise", 4).random()
 
 
+def test_any_word_is_a_purpose_and_the_listed_ones_keep_their_numbers():
+    def by_hand(*words):
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(words))).integers(2**63)
+
+    listed = ["order", "flip", "noise", "sample", "step", "augment", "init", "subset", "label"]
+    assert V.PURPOSES[:9] == listed                          # every draw so far depends on these numbers
+    first = {p: V.rng(7, p, 2**32 + 5).integers(2**63) for p in (*listed, "dropout", "crop")}
+    assert len(set(first.values())) == 11
+    for number, purpose in enumerate(listed):
+        assert first[purpose] == by_hand(7, 0, number, 0, 5, 1)
+    assert first["dropout"] == by_hand(7, 0, zlib.crc32(b"dropout"), 0, 5, 1)   # in any process, of any day
+    assert first["crop"] == V.rng(7, "crop", 2**32 + 5).integers(2**63)
+    assert torch.equal(V.normal((2, 3), 1, "crop", 4), V.normal((2, 3), 1, "crop", 4))
+    assert not torch.equal(V.normal((2, 3), 1, "crop", 4), V.normal((2, 3), 1, "noise", 4))
+
+
 def test_an_epoch_sees_each_image_once():
-    seen = [V.order(0, 7, k) for k in range(21)]
+    seen = [V.shuffled_index(0, 7, k) for k in range(21)]
     assert all(sorted(seen[e:e + 7]) == list(range(7)) for e in (0, 7, 14)) and seen[:7] != seen[7:14]
 
 
@@ -584,7 +848,26 @@ def test_quantisation_rounds_half_up():
     assert torch.equal(V.to_uint8(V.from_uint8(levels)), levels)
 
 
-# ------------------------------------------------------------------------------------------------------------- a run
+def test_a_grid_lays_images_out_row_by_row_with_their_names_below(tmp_path):
+    x = torch.randint(256, (5, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for names, below in ((None, 0), (["disk", "", "a name too long for thirty pixels", "ring", "star"], 12)):
+        sheet = np.asarray(V.grid(x, columns=3, names=names))
+        assert sheet.shape == (2 * (2 + 20 + below) + 2, 3 * 32 + 2, 3)
+        covered = np.zeros(sheet.shape[:2], bool)
+        for i in range(5):
+            top, left = 2 + i // 3 * (22 + below), 2 + i % 3 * 32
+            assert (sheet[top:top + 20, left:left + 30] == x[i].permute(1, 2, 0).numpy()).all()
+            covered[top:top + 20, left:left + 30] = True
+            if names:                                        # dark letters, no wider than the image
+                dark = (sheet[top + 20:top + 34, left:left + 32] < 128).all(2)
+                assert dark.any() == bool(names[i]) and not dark[:, 30:].any()
+                covered[top + 20:top + 34, left:left + 30] = True
+        assert (sheet[~covered] >= (128 if names else 255)).all()           # a letter's edge may be soft
+    V.save_picture(x, tmp_path / "new/grid.png", columns=3, names=names)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new/grid.png")), sheet)
+
+
+# ------------------------------------------------------------------------------------------------------ a run
 
 
 def test_atomic_files_appear_whole_or_not_at_all(tmp_path):
@@ -596,52 +879,165 @@ def test_atomic_files_appear_whole_or_not_at_all(tmp_path):
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"a": 1}
 
 
+def test_json_files_are_objects_or_named(tmp_path):
+    V.save({"a": [1, None], "b": "x"}, tmp_path / "new/x.json")
+    assert V.read_json(tmp_path / "new/x.json") == {"a": [1, None], "b": "x"}
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.json"]
+    assert V.read_json(tmp_path / "none.json", {}) == {}
+    with pytest.raises(UserError, match="none.json: no such file"):
+        V.read_json(tmp_path / "none.json")
+    for text in ("[1]", "{", "", "<!DOCTYPE html>"):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(UserError, match="x.json: not a readable JSON object .begins with b'"):
+            V.read_json(tmp_path / "x.json", {})
+
+
 def test_a_folder_is_one_runs_alone(tmp_path):
-    V.Run().lock(tmp_path)  # this process' lock goes with its file object
-    run = V.Run()
-    run.lock(tmp_path)
-    with pytest.raises(ValueError, match="another run"):
-        V.Run().lock(tmp_path)
+    with V.lock(tmp_path / "new", "--cache"):
+        with pytest.raises(UserError, match="new: another run is writing here; --cache names another folder"):
+            with V.lock(tmp_path / "new", "--cache"):
+                pass
+    with pytest.raises(RuntimeError):
+        with V.lock(tmp_path / "new"):                       # free again, also after an error
+            raise RuntimeError
+    with V.lock(tmp_path / "new"):
+        pass
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
-    net = torch.nn.Linear(2, 2)
-    before, optimizer = net.weight.clone(), torch.optim.AdamW(net.parameters(), 1.0)
-    fine = torch.nn.Linear(2, 2)
-    kept, healthy = fine.weight.clone(), torch.optim.AdamW(fine.parameters(), 1.0)
-    (net(torch.ones(1, 2)).sum() * math.inf).backward()
-    fine(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ArithmeticError, match="step 7"):
-        V.update([(healthy, fine), (optimizer, net)], 0, 7)
-    assert torch.equal(net.weight, before) and torch.equal(fine.weight, kept)
+def test_who_waits_for_a_folder_gets_it_when_it_is_free(tmp_path):
+    events = []
+
+    def waits():
+        with V.lock(tmp_path, wait=True):
+            events.append("second")
+
+    other = threading.Thread(target=waits)
+    with V.lock(tmp_path):
+        other.start()
+        other.join(0.3)
+        events.append("first")
+    other.join(30)
+    assert events == ["first", "second"]
 
 
-def test_gradients_are_clipped_to_the_norm_asked_for():
-    for clip, moved in ((1.0, 1.0), (0, 5.0), (9.0, 5.0)):
-        net = torch.nn.Linear(2, 1, bias=False)
-        before = net.weight.detach().clone()
-        net.weight.grad = torch.tensor([[3.0, 4.0]])
-        assert V.update([(torch.optim.SGD(net.parameters(), 1.0), net)], clip, 0)[0].item() == pytest.approx(5)
-        assert (before - net.weight).norm().item() == pytest.approx(moved, rel=1e-5) and net.weight.grad is None
+@pytest.fixture(params=["train_vae", "train_sit"])
+def trainer(request, chain, monkeypatch):
+    """(run, networks, norms): run(words) trains one step; the networks then, as copies of their start and as
+    they end; and the norm of each gradient that an optimiser was given."""
+    T, networks, norms = importlib.import_module(request.param), [], []
+    words = {"train_vae": chain.stage1, "train_sit": chain.stage2}[request.param]
+    build = T.build
+
+    def watched(*args):
+        built = build(*args)
+        networks.extend((copy.deepcopy(net), net) for net in built if net is not None)
+        return built
+
+    def seen(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat([grad.flatten() for grad in grads if grad is not None]).norm().item())
+
+    monkeypatch.setattr(T, "build", watched)
+    for name in {"train_vae": ("picture", "finish"), "train_sit": ("sample_grid",)}[request.param]:
+        monkeypatch.setattr(T, name, lambda *args: None)     # they take longer than all the rest
+    handle = register_optimizer_step_pre_hook(seen)
+    yield lambda more: call(T, words, "--steps 1 --log-every 1", more), networks, norms
+    handle.remove()
 
 
-def test_learning_rate_warms_up_and_ends_at_zero():
+@pytest.mark.filterwarnings("ignore")
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(trainer, request, tmp_path):
+    run, networks, norms = trainer
+    infinite = {"train_vae": "--kl 1e39", "train_sit": "--std 1e30"}[request.node.callspec.params["trainer"]]
+    with pytest.raises(UserError, match="step 0: the gradient is not finite; .* --clip 1 or --dtype") as e:
+        run(f"{infinite} --out {tmp_path}/run")
+    assert "\n" not in str(e.value) and not norms and not (tmp_path / "run/ckpt.pt").exists()
+    assert networks and all(V.fingerprint(before) == V.fingerprint(after) for before, after in networks)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(trainer, tmp_path):
+    run, networks, norms = trainer
+
+    def norm(clip, name):
+        """Of the first gradient: the one logged, and the one that the optimiser was given."""
+        norms.clear()
+        run(f"--clip {clip} --out {tmp_path}/{name}")
+        return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["grad norm"], norms[0]
+
+    whole, given = norm(0, "free")
+    assert given == pytest.approx(whole, rel=1e-5)
+    assert norm(whole / 2, "clipped") == pytest.approx((whole, whole / 2), rel=1e-5)
+    assert norm(whole * 2, "loose") == pytest.approx((whole, whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ["train_vae", "train_sit"])
+def test_learning_rate_warms_up_and_ends_at_zero(script):
+    learning_rate = importlib.import_module(script).learning_rate
+
     class Args:
         lr, warmup, schedule, steps = 2.0, 10, "cosine", 100
-    assert V.learning_rate(Args, 0) == pytest.approx(0.2) and V.learning_rate(Args, 100) == pytest.approx(0)
-    assert V.learning_rate(Args, 50) == pytest.approx(1.0)
+    assert learning_rate(0, Args) == pytest.approx(0.2) and learning_rate(100, Args) == pytest.approx(0)
+    assert learning_rate(50, Args) == pytest.approx(1.0)
     Args.schedule = "constant"
-    assert V.learning_rate(Args, 99) == 2.0
+    assert learning_rate(99, Args) == 2.0
 
 
-def test_store_goes_on_and_refuses_what_it_is_not(tmp_path):
-    arrays = {"x": (np.float32, (10, 2))}
-    run = V.Run()
-    store = V.Store(run, tmp_path, arrays, {"seed": 1}, "--out")
-    assert store.todo(run, 4) == [range(0, 4), range(4, 8), range(8, 10)]
-    store.put(4, x=np.ones((4, 2)))
-    run.locks.clear()
-    again = V.Store(run, tmp_path, arrays, {"seed": 1}, "--out")
-    assert again.todo(run, 4) == [range(0, 4), range(8, 10)] and again.arrays["x"][4:8].sum() == 8
-    with pytest.raises(ValueError, match="seed 1, not 2: --out"):
-        V.Store(run, tmp_path, arrays, {"seed": 2}, "--out")
+def test_a_store_goes_on_where_it_stopped_and_refuses_what_it_is_not(tmp_path):
+    assert not V.same_manifest(tmp_path / "new", {"seed": 1}, "--out") and not (tmp_path / "new").exists()
+    made_of = {"seed": 1, "shape": (10, 2)}                  # a tuple, which JSON turns into a list
+    V.save(made_of, tmp_path / "manifest.json")
+    assert V.same_manifest(tmp_path, made_of, "--out")
+    with pytest.raises(UserError, match="seed 1, not 2: --out"):
+        V.same_manifest(tmp_path, {**made_of, "seed": 2}, "--out")
+    with pytest.raises(UserError, match="was made with size None, not 32: --out"):
+        V.same_manifest(tmp_path, {**made_of, "size": 32}, "--out")
+    done = np.zeros(10, np.uint8)
+    assert V.missing_ranges(done, 4) == [range(0, 4), range(4, 8), range(8, 10)]
+    done[4:8] = 1
+    assert V.missing_ranges(done, 4) == [range(0, 4), range(8, 10)]
+    done[0] = done[9] = 1
+    assert V.missing_ranges(done, 2) == [range(1, 3), range(3, 4), range(8, 9)]
+    assert V.missing_ranges(np.ones(10), 4) == V.missing_ranges([], 4) == []
+    V.check_space(tmp_path, 1, "--out")
+    with pytest.raises(UserError, match="1073741824.0 GiB are needed, .* free: --out names another place"):
+        V.check_space(tmp_path, 2**60, "--out")
+
+
+def test_what_a_user_can_mend_is_one_line_and_a_bug_is_none():
+    for kind in (V.UserError, sit.UserError, dino.UserError):
+        assert issubclass(kind, ValueError) and V.for_the_user(kind("mend it")) == "mend it"
+    assert V.for_the_user(OSError(errno.ENOSPC, "No space left")).startswith("the disk is full: ")
+    for full in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")):
+        line = V.for_the_user(full)
+        assert line.startswith("out of memory; hold fewer images at once") and "\n" not in line
+    for bug in (ValueError("x"), KeyError("x"), FileNotFoundError("x"), RuntimeError("UserError: x")):
+        assert V.for_the_user(bug) is None
+
+
+def test_an_unreadable_image_in_a_loaders_process_is_one_line_too(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(UserError) as e:
+        list(torch.utils.data.DataLoader(V.Images(tmp_path, 8), num_workers=1))
+    assert "Traceback" in str(e.value)                       # torch's, which nobody needs to see
+    assert V.for_the_user(e.value).startswith(f"{tmp_path}/bad.png: not a readable image (")
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (None, 0, ""), (sit.UserError("--steps 0: one at least"), 1, "x.py: --steps 0: one at least\n"),
+    (KeyboardInterrupt(), 130, "x.py: stopped; what is finished is kept\n")])
+def test_a_script_ends_with_the_status_that_says_how(monkeypatch, capsys, error, status, said):
+    def main():
+        if error is not None:
+            raise error
+    monkeypatch.setattr(sys, "argv", ["/somewhere/x.py"])
+    with pytest.raises(SystemExit) as e:
+        V.run_script(main)
+    assert e.value.code == status and capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/x.py"])
+    with pytest.raises(SystemExit) as e:
+        V.run_script(lambda: {}["key"])
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and said.startswith("Traceback") and "KeyError: 'key'" in said
