@@ -1,18 +1,16 @@
-"""The numbers that papers report, without TensorFlow: FID, sFID, IS, precision and recall as ADM's evaluator defines
-them (Dhariwal & Nichol 2021); and what a latent space is worth: rFID, PSNR, SSIM, LPIPS (Table 8), semantic
-consistency (Algorithm 1, Table 2), statistics (Table 10) and a linear probe.
+"""The numbers that papers report, without TensorFlow: FID, sFID, IS, precision and recall as ADM's evaluator
+defines them (Dhariwal & Nichol 2021); and what a latent space is worth: rFID, PSNR, SSIM, LPIPS (Table 8),
+semantic consistency (Algorithm 1, Table 2), statistics (Table 10) and a linear probe.
 
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --vae sd-vae-ft-ema out/vae --data imagenet/val
-    fid.evaluate(net, samples, reference)["fd"]     # in any network's features: the Fréchet distance (FD)
+    fid.evaluate(net, samples, reference)["fd"]     # the Fréchet distance in any network's features
 """
 import argparse
 import contextlib
+import dataclasses
 import math
-import os
-import platform
 import shlex
-import struct
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,19 +21,43 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from scipy.linalg.blas import dsyrk
 from torch import nn
 
-import dino
-import vae
+from dino import DINOv2
+from vae import (
+    VAE,
+    Images,
+    UserError,
+    atomic,
+    everyone,
+    fetch,
+    fingerprint,
+    from_uint8,
+    load_strict,
+    normal,
+    positive,
+    print0,
+    progress,
+    rank,
+    read,
+    read_json,
+    rng,
+    run_script,
+    save,
+    start,
+    to_uint8,
+    total,
+    world,
+)
 
 GITHUB = "https://github.com/"
-PUBLIC = {  # name: (url, file, beginning of its sha256, bytes)
-    "inception": (GITHUB + "mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-                  "pt_inception-2015-12-05-6726825d.pth", "6726825d", None),
-    "vgg16": ("https://download.pytorch.org/models/vgg16-397923af.pth", "vgg16-397923af.pth", "397923af", None),
-    "lpips": (GITHUB + "richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "lpips-v0.1-vgg.pth",
-              "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 7289),
+FID_WEIGHTS = GITHUB + "mseitzer/pytorch-fid/releases/download/fid_weights/"
+LPIPS_LAYERS = GITHUB + "richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+INCEPTION, VGG16 = "pt_inception-2015-12-05-6726825d.pth", "vgg16-397923af.pth"
+PUBLIC = {  # name: (url, file in torch.hub's cache, beginning of its sha256, bytes)
+    "inception": (FID_WEIGHTS + INCEPTION, INCEPTION, "6726825d", None),
+    "vgg16": ("https://download.pytorch.org/models/" + VGG16, VGG16, "397923af", None),
+    "lpips": (LPIPS_LAYERS, "lpips-v0.1-vgg.pth", "a78928a0af1e5f0f", 7289),
 }
 
 
@@ -43,20 +65,20 @@ def weights(source):
     """(state dict, name for messages) of a public name, a file, or a state dict."""
     if isinstance(source, dict):
         return source, "the given state dict"
-    return vae.read(vae.fetch(*PUBLIC[source]) if source in PUBLIC else source), source
+    return read(fetch(*PUBLIC[source]) if source in PUBLIC else source), source
 
 
-# ---------------------------------------------------------------------------------------------- Inception (2015-12-05)
+# ------------------------------------------------------------------------------------ Inception (2015-12-05)
 
 
 def resize_tf1(x, size):
-    """TensorFlow 1's bilinear resize of [B,C,H,W]: output i looks at input i * H / size, without half-pixel centres."""
-    def taps(n):
-        at = torch.arange(size, device=x.device, dtype=x.dtype) * (n / size)
-        low = at.floor().long()
-        return low, (low + 1).clamp(max=n - 1), at - low
+    """TensorFlow 1's bilinear resize of [B,C,H,W]: output i is input i * H / size, no half-pixel centers."""
+    def neighbors(n):
+        place = torch.arange(size, device=x.device, dtype=x.dtype) * (n / size)
+        low = place.floor().long()
+        return low, (low + 1).clamp(max=n - 1), place - low
 
-    (top, bottom, fy), (left, right, fx) = taps(x.shape[2]), taps(x.shape[3])
+    (top, bottom, fy), (left, right, fx) = neighbors(x.shape[2]), neighbors(x.shape[3])
     x = x[..., left] + (x[..., right] - x[..., left]) * fx                      # [B, C, H, size]
     return x[..., top, :] + (x[..., bottom, :] - x[..., top, :]) * fy[:, None]  # [B, C, size, size]
 
@@ -67,7 +89,7 @@ POOLS = {"avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. A stride goes without padding; else the size is kept, unless padding is given."""
+    """Convolution, batch norm, ReLU. Padded to keep the size, unless there is a stride or a given padding."""
 
     def __init__(self, cin, cout, kernel, stride=1, padding=None):
         super().__init__()
@@ -81,8 +103,8 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated. A branch is a chain of steps: (name, channels, kernel, stride), a pool's
-    name, or a list of steps that all read the same input and are concatenated."""
+    """Branches side by side, concatenated. A branch is a chain of steps: (name, channels, kernel, stride), a
+    pool's name, or a list of steps that all read the same input and are concatenated."""
 
     def __init__(self, cin, *branches):
         super().__init__()
@@ -91,8 +113,8 @@ class Mixed(nn.Module):
             width = cin
             for step in branch:
                 steps = [] if isinstance(step, str) else step if isinstance(step, list) else [step]
-                for name, cout, *how in steps:
-                    self.add_module(name, Conv(width, cout, *how))
+                for name, cout, *kernel_and_stride in steps:
+                    self.add_module(name, Conv(width, cout, *kernel_and_stride))
                 width = sum(s[1] for s in steps) or width
 
     def walk(self, branch, x):
@@ -107,32 +129,37 @@ class Mixed(nn.Module):
         return torch.cat([self.walk(branch, x) for branch in self.branches], 1)
 
 
+def chain(name, *steps):
+    """Steps (channels, kernel, stride) of one branch, as name_1, name_2, ..."""
+    return [(f"{name}_{i}", *step) for i, step in enumerate(steps, 1)]
+
+
 def mixed_5(cin, pool):
     return Mixed(cin, [("branch1x1", 64, 1)],
-                 [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-                 [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+                 chain("branch5x5", (48, 1), (64, 5)),
+                 chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
                  ["avg", ("branch_pool", pool, 1)])
 
 
 def mixed_6(c):
     return Mixed(768, [("branch1x1", 192, 1)],
-                 [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-                 [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
-                  ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
+                 chain("branch7x7", (c, 1), (c, (1, 7)), (192, (7, 1))),
+                 chain("branch7x7dbl", (c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))),
                  ["avg", ("branch_pool", 192, 1)])
 
 
 def mixed_7(cin, pool):
+    fork = [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]
+    fork_dbl = [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]
     return Mixed(cin, [("branch1x1", 320, 1)],
-                 [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
-                 [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-                  [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]],
+                 [*chain("branch3x3", (384, 1)), fork],
+                 [*chain("branch3x3dbl", (448, 1), (384, 3)), fork_dbl],
                  [pool, ("branch_pool", 192, 1)])
 
 
 class Inception(nn.Module):
-    """The Inception v3 of FID (TensorFlow's 2015-12-05 graph), with what ADM's evaluator reads from it. It differs from
-    torchvision's in average pools that do not count their padding, and in a max pool in Mixed_7c."""
+    """The Inception v3 of FID (TensorFlow's 2015-12-05 graph), with what ADM's evaluator reads from it. It
+    differs from torchvision's: average pools do not count their padding, and Mixed_7c has a max pool."""
 
     def __init__(self):
         super().__init__()
@@ -143,53 +170,51 @@ class Inception(nn.Module):
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
         self.Mixed_6a = Mixed(288, [("branch3x3", 384, 3, 2)],
-                              [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
-                              ["halve"])
+                              chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), ["halve"])
         self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)
         self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
-        self.Mixed_7a = Mixed(768, [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-                              [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
-                               ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)],
+        self.Mixed_7a = Mixed(768, chain("branch3x3", (192, 1), (320, 3, 2)),
+                              chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
                               ["halve"])
         self.Mixed_7b, self.Mixed_7c = mixed_7(1280, "avg"), mixed_7(2048, "max")
         self.fc = nn.Linear(2048, 1008)
 
     @classmethod
     def load(cls, source="inception"):
-        """The network with the weights of a file in pytorch-fid's and torch-fidelity's layout, or of the public one."""
-        net = cls()
-        vae.load_state(net, *weights(source))
-        order = torch.preserve_format if torch.cuda.is_available() else torch.channels_last   # CPU: 1.5 times as fast
-        return net.eval().requires_grad_(False).to(memory_format=order)
+        """With the weights of a file in pytorch-fid's and torch-fidelity's layout, or of the public one."""
+        net = load_strict(cls(), *weights(source)).requires_grad_(False)
+        order = torch.preserve_format if torch.cuda.is_available() else torch.channels_last
+        return net.to(memory_format=order)                         # on a CPU 1.5 times as fast
 
     def forward(self, x):
-        """uint8 [B,3,H,W] -> pool [B,2048] (FID), spatial [B,2023] (sFID), probs [B,1008] (IS; logits without bias)."""
+        """uint8 [B,3,H,W] -> pool [B,2048] (FID), spatial [B,2023] (sFID), probs [B,1008] (IS; no bias)."""
         if x.dtype != torch.uint8:
             raise ValueError(f"Inception takes uint8 images [B,3,H,W], not {x.dtype} {tuple(x.shape)}")
-        parts = x.split(8) if x.device.type == "cpu" else [x]     # few images at once stay in a CPU's caches: 1.5 times again
-        return tuple(map(torch.cat, zip(*map(self.look, parts))))
+        parts = x.split(8) if x.device.type == "cpu" else [x]   # 8 images fit a CPU's caches: 1.5 times again
+        return tuple(map(torch.cat, zip(*map(self.outputs, parts))))
 
-    def look(self, x):
-        wide = torch.promote_types(self.fc.weight.dtype, torch.float32)              # bf16 cannot tell pixels' places apart
-        x = ((resize_tf1(x.to(wide), 299) - 128) / 128).to(self.fc.weight.dtype)     # [B, 3, 299, 299]
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))            # [B, 64, 147, 147]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["halve"](x)))                # [B, 192, 71, 71]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(POOLS["halve"](x))))           # [B, 288, 35, 35]
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                           # [B, 768, 17, 17]
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)   # [B, 17*17*7], channels last
-        x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))                           # [B, 1280, 8, 8]
-        pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))                          # [B, 2048]
-        return pool, spatial, (pool @ self.fc.weight.T).softmax(1)                   # [B, 1008]
+    def outputs(self, x):
+        dtype = self.fc.weight.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))      # bf16 cannot tell the places of pixels apart
+        x = ((resize_tf1(x, 299) - 128) / 128).to(dtype)                            # [B, 3, 299, 299]
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # [B, 64, 147, 147]
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["halve"](x)))               # [B, 192, 71, 71]
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(POOLS["halve"](x))))          # [B, 288, 35, 35]
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                          # [B, 768, 17, 17]
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)  # [B, 17*17*7]
+        x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))                          # [B, 1280, 8, 8]
+        pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))                         # [B, 2048]
+        return pool, spatial, (pool @ self.fc.weight.T).softmax(1)                  # [B, 1008]
 
 
-# --------------------------------------------------------------------------------------------------------------- LPIPS
+# ----------------------------------------------------------------------------------------------------- LPIPS
 
 
 class LPIPS(nn.Module):
     """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1): a, b [B,3,H,W] in [-1,1] -> [B].
     widths: of the 13 convolutions. In float32 whatever autocast says; the gradient is finite everywhere."""
 
-    convs = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)   # torchvision's numbers of the layers, ReLU after each
+    convs = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)   # torchvision's layer numbers, ReLU after each
     pools = (4, 9, 16, 23)
     taps = (3, 8, 15, 22, 29)                                  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
@@ -199,56 +224,60 @@ class LPIPS(nn.Module):
         for i in range(30):
             layer = nn.MaxPool2d(2) if i in self.pools else nn.ReLU()
             if i in self.convs:
-                layer, cin = nn.Conv2d(cin, widths[self.convs.index(i)], 3, padding=1), widths[self.convs.index(i)]
+                cout = widths[self.convs.index(i)]
+                layer, cin = nn.Conv2d(cin, cout, 3, padding=1), cout
             self.features.append(layer)
-        tapped = [widths[i] for i in (1, 3, 6, 9, 12)]
-        self.lin = nn.ParameterDict({f"lin{k}": torch.full((1, c, 1, 1), 1 / 5) for k, c in enumerate(tapped)})
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))   # ImageNet's mean and
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))      # deviation on [-1,1]
+        tapped = enumerate(widths[i] for i in (1, 3, 6, 9, 12))
+        self.lin = nn.ParameterDict({f"lin{k}": torch.full((1, c, 1, 1), 1 / 5) for k, c in tapped})
+        mean, std = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]             # ImageNet's, on [-1,1]
+        self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor(std).view(3, 1, 1))
 
     @classmethod
     def load(cls, vgg=None, lin=None):
-        """vgg: torchvision's VGG16 or a thinner one in its layout (widths are read from the file), or None: public.
-        lin: the file of the linear layers, or "lpips" for the public ones; None: those with the public VGG16, and with
-        another one the five layers averaged."""
+        """vgg: torchvision's VGG16, or a thinner one in its layout; None: the public one. lin: the file of
+        the linear layers, or "lpips": the public ones; None: those with the public VGG16, and with another
+        one the five layers averaged."""
         lin = "lpips" if lin is None and vgg in (None, "vgg16") else lin
         state, name = weights("vgg16" if vgg is None else vgg)
+        widths = []
         for key in (f"features.{i}.weight" for i in cls.convs):
-            if key not in state:
-                raise ValueError(f"{name}: not a VGG16: no tensor {key}")
-            if state[key].ndim != 4 or not len(state[key]):
-                raise ValueError(f"{name}: {key} is {tuple(state[key].shape)}, expected the 4 dimensions of a convolution")
-        net = cls([len(state[f"features.{i}.weight"]) for i in cls.convs])
-        vae.load_state(net.features, {k[9:]: v for k, v in state.items() if k.startswith("features.")}, name)
+            shape = tuple(state[key].shape) if key in state else "missing"
+            if len(shape) != 4 or not shape[0]:
+                raise UserError(f"{name}: not a VGG16: {key} is {shape}, expected 4 dimensions")
+            widths.append(shape[0])
+        net = cls(widths)
+        features = {k[9:]: v for k, v in state.items() if k.startswith("features.")}
+        load_strict(net.features, features, name)
         if lin is not None:
             state, name = weights(lin)
-            state = {k.removesuffix(".model.1.weight"): v for k, v in state.items() if not k.startswith("lins.")}
-            vae.load_state(net.lin, {k: v for k, v in state.items() if k in net.lin}, name)
+            state = {k.removesuffix(".model.1.weight"): v for k, v in state.items()}
+            load_strict(net.lin, {k: v for k, v in state.items() if k in net.lin}, name)
         return net.eval().requires_grad_(False)
 
-    def unit(self, x):
+    def unit_features(self, x):
         """The five layers' features, each vector divided by its length."""
         x = (x.to(self.scale.dtype) - self.shift) / self.scale
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
-                # at a zero vector torch's norm has gradient 0, the square root of a sum would have an infinite one
+                # at a zero vector torch's norm has the gradient 0, the square root of a sum an infinite one
                 yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)   # [B, C, h, w]
 
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):
-            return sum(((x - y) ** 2 * w).sum(1).mean((1, 2))                          # [B]
-                       for x, y, w in zip(self.unit(a), self.unit(b), self.lin.values()))
+            pairs = zip(self.unit_features(a), self.unit_features(b), self.lin.values())
+            return sum(((x - y) ** 2 * w).sum(1).mean((1, 2)) for x, y, w in pairs)    # [B]
 
 
-# ----------------------------------------------------------------------------------------------- distances and scores
+# --------------------------------------------------------------------------------------------------- metrics
 
 
 def frechet(mu1, sigma1, mu2, sigma2):
     """Squared Fréchet distance of two Gaussians, |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64.
 
-    With S1 = A A^T, the eigenvalues of S1 S2 are those of the symmetric A^T S2 A: nothing complex and nothing inverted,
-    so singular covariances (fewer images than features) do no harm."""
+    With S1 = A A^T, the eigenvalues of S1 S2 are those of the symmetric A^T S2 A: nothing complex and nothing
+    inverted, so singular covariances (fewer images than features) do no harm."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
     a = vectors * values.clamp(min=0).sqrt()
@@ -259,43 +288,35 @@ def frechet(mu1, sigma1, mu2, sigma2):
 SPLIT = 5000   # ADM's Inception Score: the mean over splits of 5000 consecutive images
 
 
-def split_sums(probs, places, n):
-    """[splits, K+1]: sums over each split of p and, in the last column, of sum p log p."""
-    p = probs.double()
-    p = torch.cat([p, torch.xlogy(p, p).sum(1, keepdim=True)], 1)
-    return p.new_zeros(-(-n // SPLIT), p.shape[1]).index_add_(0, (places // SPLIT).to(p.device), p)
-
-
-def score(sums, n):
-    """exp(mean KL) of n images from split_sums of them [splits, K+1]: the mean over the splits."""
-    count = (n - SPLIT * torch.arange(len(sums), device=sums.device)).clamp(max=SPLIT)[:, None]
-    means = sums / count
-    marginal = means[:, :-1]
-    return (means[:, -1] - torch.xlogy(marginal, marginal).sum(1)).exp().mean().item()
-
-
 def inception_score(probs):
-    """exp(mean KL(p(y|x) || p(y))) of probs [N,K]: the mean over splits of 5000 images in their order (ADM)."""
-    probs = torch.as_tensor(probs)
-    return score(split_sums(probs, torch.arange(len(probs)), len(probs)), len(probs))
+    """exp(mean KL(p(y|x) || p(y))) of probs [N,K]: the mean over splits of images in their order (ADM)."""
+    scores = []
+    for p in torch.as_tensor(probs).split(SPLIT):
+        p = p.double()                                              # [5000, K]
+        entropy = torch.special.entr(p).sum(1).mean()               # of p(y|x)
+        scores.append((torch.special.entr(p.mean(0)).sum() - entropy).exp())
+    return torch.stack(scores).mean().item()
 
 
 def distances(a, b):
     """Squared Euclidean distances [n,m] of float64 rows, never negative."""
-    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
+    norms = a.square().sum(1, keepdim=True), b.square().sum(1)
+    return torch.addmm(norms[1], a, b.T, alpha=-2).add_(norms[0]).clamp_(min=0)
 
 
 def precision_recall(real, fake, k=3, chunk=1024):
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N,D], [M,D]: the share of fake inside any
-    real image's ball, which reaches to its k-th neighbour, and the share of real inside any fake one's. Distances are
-    float64 (ADM's evaluator: float16), `chunk` rows at a time."""
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N,D], [M,D]: the share of fake
+    inside any real image's ball, which reaches to its k-th neighbor, and the share of real inside any fake
+    one's. Distances are float64 (ADM's evaluator: float16), `chunk` rows at a time."""
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall with k={k} need more than {k} images on both sides")
-    centre = real.mean(0)
-    real, fake = real - centre, fake - centre        # distances stay, cancellation shrinks
-    radius = [torch.cat([distances(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
-              for x in (real, fake)]                 # k + 1: every point is its own nearest neighbour
+        raise UserError(f"precision and recall with k={k} need more than {k} images on both sides")
+    center = real.mean(0)
+    real, fake = real - center, fake - center        # distances stay, cancellation shrinks
+    radius = []
+    for x in (real, fake):                           # k + 1: every point is its own nearest neighbor
+        nearest = [distances(part, x).topk(k + 1, largest=False).values for part in x.split(chunk)]
+        radius.append(torch.cat(nearest)[:, -1])
     precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part, r in zip(fake.split(chunk), radius[1].split(chunk)):
         d = distances(part, real)                    # [chunk, N]
@@ -310,8 +331,8 @@ def psnr(a, b):
 
 
 def ssim(a, b, data_range=1.0):
-    """Structural similarity (Wang et al. 2004) of images [B,3,H,W] in [0,1] -> [B], as scikit-image's default: uniform
-    window of 7, sample covariances. data_range 2 is the reading behind Table 8, for all that images span 1."""
+    """Structural similarity (Wang et al. 2004) of images [B,3,H,W] in [0,1] -> [B], scikit-image's default:
+    uniform window of 7, sample covariances. data_range 2 is what Table 8 used, although images span 1."""
     a, b, mean = a.double(), b.double(), partial(F.avg_pool2d, kernel_size=7, stride=1)
     ma, mb, n = mean(a), mean(b), 49 / 48
     va, vb, vab = n * (mean(a * a) - ma * ma), n * (mean(b * b) - mb * mb), n * (mean(a * b) - ma * mb)
@@ -320,264 +341,267 @@ def ssim(a, b, data_range=1.0):
     return s.flatten(1).mean(1)
 
 
-# --------------------------------------------------------------------------------- image sets and their statistics
+# ------------------------------------------------------------------------------------------------ image sets
 
 
 @contextlib.contextmanager
 def exact():
-    """Full float32, no TF32, no autocast, no gradient, whatever the caller runs in; decorates all that measures."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """Full float32, no TF32, no autocast, no gradient, whatever the caller has set: for all that measures."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.no_grad():
+            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(before)
 
 
 def npz_array(path, name):
-    """An array of an npz file: mapped, not read, where it is uint8 and stored plain (np.savez); a compressed one is read whole."""
+    """An array of an npz file: mapped, not read, where it is stored plain (np.savez), else read whole."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
-        with archive.open(info) as f:
-            version = np.lib.format.read_magic(f)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(f)
-            header = f.tell()
-    if info.compress_type != zipfile.ZIP_STORED or dtype != np.uint8:
+    if info.compress_type != zipfile.ZIP_STORED:
         return np.load(path)[name]
-    with open(path, "rb") as f:   # the zip's own header of this member: 30 bytes, a name, an extra field
+    with open(path, "rb") as f:   # before the array: 30 bytes of the zip's, a name, an extra field
         f.seek(info.header_offset + 26)
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + header
-    return np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C")
+        f.seek(sum(np.frombuffer(f.read(4), "<u2").tolist()), 1)
+        np.lib.format.read_magic(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        return np.memmap(path, dtype, "c", f.tell(), shape, "F" if fortran else "C")
 
 
-def checked(array, name):
+def image_tensor(array, name):
     """uint8 numpy [N,H,W,3] or tensor [N,3,H,W] -> a tensor [N,3,H,W] on the same memory."""
-    kind, shape = str(array.dtype), tuple(array.shape)
-    if kind not in ("uint8", "torch.uint8"):
-        raise ValueError(f"{name}: images are {kind}, expected uint8 in 0..255")
     axis, expected = (1, "[N,3,H,W]") if torch.is_tensor(array) else (3, "[N,H,W,3]")
-    if len(shape) != 4 or shape[axis] != 3:
-        raise ValueError(f"{name}: images are {list(shape)}, expected {expected}")
+    kind, shape = str(array.dtype).removeprefix("torch."), list(array.shape)
+    if kind != "uint8" or len(shape) != 4 or shape[axis] != 3:
+        raise UserError(f"{name}: images are {kind} {shape}, expected uint8 {expected}")
     return array if torch.is_tensor(array) else torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
 def open_set(source, size=None):
-    """(images or None, Statistics or None) of a folder of images (any depth; size: its center crop), an npz with arr_0
-    and/or mu, sigma, mu_s, sigma_s, an array, a tensor, a sequence of uint8 [3,H,W] or (uint8 [3,H,W], label)."""
+    """(images or None, Statistics or None) of a folder of images (size: its center crop), an npz with arr_0
+    and/or mu, sigma, mu_s, sigma_s, an array, a sequence of uint8 [3,H,W] or (uint8 [3,H,W], label)."""
     if isinstance(source, Statistics):
         return None, source
     if not isinstance(source, (str, Path)):
-        return checked(source, "images") if isinstance(source, np.ndarray) or torch.is_tensor(source) else source, None
-    if os.path.isdir(source):
-        return vae.Images(source, size), None
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"{source}: no such file or folder of images")
-    try:
-        with zipfile.ZipFile(source) as archive:
-            names = archive.namelist()
-        images = checked(npz_array(source, "arr_0"), f"{source}: arr_0") if "arr_0.npy" in names else None
-        known = Statistics.read(source) if "mu.npy" in names else None
-    except zipfile.BadZipFile:
-        raise ValueError(f"{source}: neither a folder of images nor a whole npz file") from None
-    if images is None and known is None:
-        raise ValueError(f"{source}: holds neither images (arr_0) nor statistics (mu, sigma), but {', '.join(names)}")
-    return images, known
+        return image_tensor(source, "images") if hasattr(source, "dtype") else source, None
+    if Path(source).is_dir():
+        return Images(source, size), None
+    if not Path(source).is_file() or not zipfile.is_zipfile(source):
+        raise UserError(f"{source}: neither a folder of images nor a whole npz file")
+    with zipfile.ZipFile(source) as archive:
+        names = archive.namelist()
+    if "arr_0.npy" not in names and "mu.npy" not in names:
+        raise UserError(f"{source}: no images (arr_0) and no statistics (mu), but {', '.join(names)}")
+    images = image_tensor(npz_array(source, "arr_0"), source) if "arr_0.npy" in names else None
+    return images, Statistics.read(source) if "mu.npy" in names else None
 
 
-def batches(images, micro, run, desc):
-    """(places [B], uint8 [B,3,H,W] on the device) of this process's share of the images: rank, rank + world, ..., so
-    each image is seen exactly once. Threads read one batch ahead; what one process cannot read, all of them report."""
-    if len(images) < run.world:
-        raise ValueError(f"{desc}: {len(images)} images are too few for {run.world} processes")
-    places, shape, error = torch.arange(run.rank, len(images), run.world).split(micro), None, None
-    with ThreadPoolExecutor(8) as pool, run.bar(len(images), desc) as bar:
-        ahead = [pool.submit(images.__getitem__, i) for i in places[0].tolist()]
-        for now, after in zip(places, [*places[1:], torch.arange(0)]):
+def batches(images, micro, device, desc):
+    """(places [B], uint8 [B,3,H,W] on the device) of this process's share: rank, rank + world, ..., so each
+    image is seen once. Threads read one batch ahead. What one process cannot read, all of them report."""
+    if len(images) < world():
+        raise UserError(f"{desc}: {len(images)} images are too few for {world()} processes")
+
+    def image(i):
+        item = images[i]
+        return item[0] if isinstance(item, tuple) else item
+
+    shares = torch.arange(rank(), len(images), world()).split(micro)
+    shape, failed = image(0).shape, None
+    with ThreadPoolExecutor(8) as pool, progress(len(images), desc) as bar:
+        ahead = [pool.submit(image, i) for i in shares[0].tolist()]
+        for now, after in zip(shares, [*shares[1:], torch.arange(0)]):
             try:
-                items = [item[0] if isinstance(item, tuple) else item for item in (f.result() for f in ahead)]
-                shape = shape or items[0].shape
-                for i, item in zip(now.tolist(), items):
-                    if item.shape != shape:
-                        raise ValueError(f"{desc}: image {i} is {tuple(item.shape)}, an earlier one {tuple(shape)}; "
-                                         "--size brings a folder to one size")
-                x = checked(torch.stack(items), desc)
-            except (OSError, ValueError) as e:
-                error = str(e)
+                items = [f.result() for f in ahead]
+                if other := [item.shape for item in items if item.shape != shape]:
+                    sizes = f"{tuple(shape)} and {tuple(other[0])}"
+                    raise UserError(f"{desc}: images of {sizes}; --size brings a folder to one size")
+                x = image_tensor(torch.stack(items), desc)
+            except UserError as e:
+                failed = e
                 break
-            ahead = [pool.submit(images.__getitem__, i) for i in after.tolist()]
-            yield now, x.to(run.device)
-            bar.update(min(len(now) * run.world, len(images) - bar.n))
-    if errors := [e for e in run.all(error) if e]:
-        raise ValueError(errors[0])
-    if len(shapes := set(run.all(shape and tuple(shape)))) > 1:
-        raise ValueError(f"{desc}: images of {' and '.join(map(str, sorted(shapes)))}; --size brings a folder to one size")
+            ahead = [pool.submit(image, i) for i in after.tolist()]
+            yield now, x.to(device)
+            bar.update(min(len(now) * world(), len(images) - bar.n))
+    if errors := [e for e in everyone(failed) if e is not None]:
+        raise errors[0]
 
 
+# ---------------------------------------------------------------------------------- statistics of image sets
+
+
+@dataclasses.dataclass
 class Statistics:
-    """What n images are reduced to in the features of one network (`space`): .moments, (mu [D], sigma [D,D]) of each
-    feature set (n None: of how many images is not known); .score (Inception Score), .accuracy, .features [n,D], where
-    asked for and possible, else None. Batches are added as float64 sums; finish merges the processes' sums."""
+    """What n images (None: not known) are in the features of one network, which `space` names."""
 
-    arrays = (("mu", "sigma"), ("mu_s", "sigma_s"))   # their names in ADM's npz files
+    name: str
+    space: str = ""
+    n: int = None
+    sizes: list = ()                # D of each feature set
+    moments: list = ()              # (mean [D], covariance [D,D]) of each
+    features: torch.Tensor = None   # [n,D], the first set, where they are kept
+    probs: torch.Tensor = None      # [n,K]
 
-    def __init__(self, name, space="", n=None, labels=None, keep=False):
-        self.name, self.space, self.n, self.keep, self.sizes = name, space, n, keep, []
-        self.labels = None if labels is None else torch.as_tensor(labels).cpu()
-        self.moments, self.score, self.accuracy, self.features, self.sums, self.held = [], None, None, None, {}, {}
-
-    def tally(self, key, value):
-        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.clone()
-
-    def outer(self, k, least=1):
-        """Adds f^T f of the held rows f of feature set k, once there are `least` of them: fewer passes over a large matrix.
-        Only its upper triangle counts: a CPU leaves out the other one, which is half the work."""
-        if sum(map(len, self.held[k])) >= least:
-            f, key = torch.cat(self.held[k]), f"outer{k}"                             # [B, D]
-            if key not in self.sums:
-                self.sums[key] = f.new_zeros(f.shape[1], f.shape[1])
-            total = self.sums[key]
-            if f.is_cuda:
-                total.addmm_(f.T, f)
-            else:
-                dsyrk(1, f.numpy().T, 1, total.numpy().T, lower=1, overwrite_c=1)     # in place: BLAS's order is the transpose
-            self.held[k] = []
-
-    def add(self, places, outputs):
-        """A batch: where its images stand in the set [B], and what the network made of them: (features [B,D], probs
-        [B,K] or None), or (features, more features, probs)."""
-        if not isinstance(outputs, (tuple, list)) or len(outputs) < 2:
-            raise ValueError(f"{self.name}: the network gives no pair of features [B,D] and probabilities [B,K] or None")
-        *sets, probs = outputs
-        if probs is not None and not ((probs >= 0).all() and ((probs.double().sum(1) - 1).abs() < 1e-2).all()):
-            raise ValueError(f"{self.name}: the network's probabilities are negative or do not sum to 1; are they logits?")
-        self.sizes = [f.shape[1] for f in sets]
-        self.tally("count", torch.tensor(len(places)))
-        for k, f in enumerate(sets):
-            if not f.isfinite().all():
-                raise ValueError(f"{self.name}: the network's features are not finite")
-            f = f.double()
-            self.tally(f"sum{k}", f.sum(0))
-            self.held.setdefault(k, []).append(f)
-            self.outer(k, 1024)
-        if self.keep:
-            if self.features is None:
-                self.features = sets[0].new_zeros(self.n, sets[0].shape[1])
-            self.features[places.to(self.features.device)] = sets[0]
-        if probs is not None:
-            self.tally("probs", split_sums(probs, places, self.n))
-            if self.labels is not None:
-                self.tally("right", (probs.argmax(1).cpu() == self.labels[places]).sum())
-
-    def finish(self, run):
-        """Merges the sums of all processes and makes of them what the class promises; ValueError if images are missing."""
-        for k in self.held:
-            self.outer(k)
-        total = {key: run.sum(self.sums[key]) for key in sorted(self.sums)}   # in one order on all ranks
-        if total["count"] != self.n or self.n < 2:
-            raise ValueError(f"{self.name}: {total['count']} of {self.n} images; statistics need all, and two at least")
-        for k in range(sum(key.startswith("outer") for key in total)):
-            mean, outer = total[f"sum{k}"] / self.n, total[f"outer{k}"].triu()
-            outer = outer + outer.triu(1).T
-            self.moments.append((mean, (outer - self.n * torch.outer(mean, mean)) / (self.n - 1)))
-        self.features = run.sum(self.features) if self.keep else None
-        self.score = score(total["probs"], self.n) if "probs" in total else None
-        self.accuracy = total["right"].item() / self.n if "right" in total else None
-        self.sums = {}
-        return self
+    def __str__(self):
+        sizes = " + ".join(map(str, self.sizes)) or "any"
+        return f"{self.name} ({sizes} features, {self.space or 'unnamed'})"
 
     def same_space(self, other):
-        """Raises ValueError where two are of different features. A space's name may lack words, or all of them (ADM)."""
+        """UserError if the two are of different features. A space's name may lack words, or all (ADM)."""
         pairs = [*zip(self.sizes, other.sizes), *zip(self.space.split(), other.space.split())]
-        if any(x != y for x, y in pairs):
-            said = [" + ".join(map(str, s.sizes)) or "any" for s in (self, other)]
-            raise ValueError(f"{self.name}: statistics of another feature space ({said[0]} features, "
-                             f"{self.space or 'unnamed'}) than {other.name} ({said[1]}, {other.space or 'unnamed'})")
+        if any(a != b for a, b in pairs):
+            raise UserError(f"{self} is of another feature space than {other}")
 
     def save(self, path):
         """An npz with mu and sigma under ADM's names, and n and space."""
-        named = {key: x.cpu().numpy() for keys, pair in zip(self.arrays, self.moments) for key, x in zip(keys, pair)}
-        with vae.atomic(path) as f:
+        arrays = (x.cpu().numpy() for pair in self.moments for x in pair)
+        named = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), arrays))
+        with atomic(path) as f:
             np.savez(f, **named, n=self.n or 0, space=self.space)
 
     @classmethod
     def read(cls, path):
-        """From such an npz, ours or ADM's (which names neither n nor space); ValueError if mu and sigma do not fit."""
+        """From such an npz, ours or ADM's, which names neither n nor space."""
         with np.load(path) as z:
-            self = cls(str(path), str(z.get("space", "")), int(z.get("n", 0)) or None)
-            for mu, sigma in cls.arrays:
-                if mu in z:
-                    mean, cov = z[mu], z[sigma] if sigma in z else np.zeros(0)
-                    if cov.shape != (mean.size, mean.size) or not np.isfinite(cov).all() or not np.isfinite(mean).all():
-                        raise ValueError(f"{path}: {mu} and {sigma} are no finite mean [D] and covariance [D,D]")
-                    self.moments.append((torch.from_numpy(mean), torch.from_numpy(cov)))
-                    self.sizes.append(mean.size)
-        return self
+            keys = [("mu", "sigma"), ("mu_s", "sigma_s")]
+            moments = [tuple(torch.from_numpy(z[k]) for k in pair) for pair in keys if {*pair} <= {*z}]
+            for mu, sigma in moments:
+                if sigma.shape != (len(mu), len(mu)) or not (sigma.isfinite().all() and mu.isfinite().all()):
+                    raise UserError(f"{path}: mu and sigma are no finite mean [D] and covariance [D,D]")
+            n, space = int(z.get("n", 0)) or None, str(z.get("space", ""))
+            return cls(str(path), space, n, [len(mu) for mu, _ in moments], moments)
+
+
+class Moments:
+    """Mean [D] and covariance [D,D] of rows [B,D] that come in batches, in float64, over all processes."""
+
+    def __init__(self):
+        self.rows, self.sum, self.outer = [], 0, 0
+
+    def add(self, rows):
+        self.rows.append(rows.double())
+        if sum(map(len, self.rows)) >= 2048:         # a few large products are faster than many small ones
+            self.multiply()
+
+    def multiply(self):
+        f = torch.cat(self.rows)
+        if f.is_cuda:
+            outer = f.T @ f
+        else:                                        # numpy sees that f^T f is symmetric and makes half of it
+            outer = torch.from_numpy(f.numpy().T @ f.numpy())
+        self.rows, self.sum, self.outer = [], self.sum + f.sum(0), self.outer + outer
+
+    def finish(self, n):
+        """(mean, covariance) of the n rows of all processes."""
+        if self.rows:
+            self.multiply()
+        mean, outer = total(self.sum) / n, total(self.outer)
+        return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
+
+
+def store(rows, n, places, **parts):
+    """Keeps what each image gave, {name: [B,...]}, at its place among n; other processes' places stay 0."""
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if name not in rows:
+            rows[name] = part.new_zeros(n, *part.shape[1:])
+        rows[name][places.to(part.device)] = part
+
+
+def checked(outputs, name):
+    """[features, ...], probs of a network; ValueError if they are not what evaluate() asks for."""
+    if not isinstance(outputs, (tuple, list)) or len(outputs) < 2:
+        raise ValueError(f"{name}: the network gives no pair of features [B,D] and probs [B,K] or None")
+    *sets, probs = outputs
+    if not all(f.isfinite().all() for f in sets):
+        raise ValueError(f"{name}: the network's features are not finite")
+    if probs is not None and not ((probs >= 0).all() and ((probs.double().sum(1) - 1).abs() < 1e-2).all()):
+        raise ValueError(f"{name}: the network's probabilities do not sum to 1; are they logits?")
+    return sets, probs
+
+
+def gather(net, pairs, result, keep=True, like=()):
+    """Fills in the Statistics `result` of n images, which come as (places [B], uint8 [B,3,H,W]) to all
+    processes. The first batch shows whether they are of the same features as the Statistics in `like`."""
+    moments, rows, seen = [], {}, 0
+    for places, x in pairs:
+        sets, probs = checked(net(x), result.name)
+        if not moments:
+            moments, result.sizes = [Moments() for _ in sets], [f.shape[1] for f in sets]
+            for other in like:
+                other.same_space(result)
+        for m, features in zip(moments, sets):
+            m.add(features)
+        if keep:
+            store(rows, result.n, places, features=sets[0], probs=probs)
+        seen += len(x)
+    seen = total(torch.tensor(seen)).item()
+    if seen != result.n or seen < 2:
+        raise UserError(f"{result.name}: {seen} of {result.n} images; statistics need all, and two at least")
+    result.moments = [m.finish(result.n) for m in moments]
+    result.features, result.probs = (total(rows[k]) if k in rows else None for k in ("features", "probs"))
+    return result
 
 
 @exact()
-def measure(net, source, labels=None, space="", size=None, keep=True, micro=64, run=None, like=()):
-    """Statistics of an image set (open_set says which) in net's features; keep: these, too, for precision and recall.
-    A file's own mu and sigma are used where it has them; its images then serve precision and recall alone (ADM). like:
-    Statistics that must be of the same features, which the first batch shows."""
-    run = run or vae.Run()
+def measure(net, source, space="", size=None, keep=True, micro=64, device="cpu", like=()):
+    """Statistics of an image set (see open_set) in net's features; keep: each image's features and probs.
+    A file's own mu and sigma are used where it has them; its images then serve for the rest (ADM). like:
+    Statistics that must be of the same features."""
     images, known = open_set(source, size)
+    if known is not None:
+        for other in like:
+            known.same_space(other)
+        like = [*like, known]
     if images is None or (known is not None and not keep):
         return known
     name = str(source) if isinstance(source, (str, Path)) else "images"
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels")
-    result = Statistics(name, space, len(images), labels, keep)
-    for places, x in batches(images, micro, run, Path(name).name):
-        result.add(places, net(x))
-        for other in [*like, known] if known else like:
-            other.same_space(result)
-    result.finish(run)
-    if known is None:
-        return result
-    known.score, known.accuracy, known.features = result.score, result.accuracy, result.features   # n stays the moments'
-    return known
+    pairs = batches(images, micro, device, Path(name).name)
+    result = gather(net, pairs, Statistics(name, space, len(images)), keep, like)
+    if known is not None:
+        result.moments, result.n = known.moments, known.n
+    return result
 
 
 @exact()
-def evaluate(net, samples, reference, labels=None, k=3, space="", size=None, micro=64, run=None):
-    """Samples against a reference in any network's eyes -> a dict of numbers.
+def evaluate(net, samples, reference, labels=None, k=3, space="", size=None, micro=64, device="cpu"):
+    """Samples against a reference, in any network's features -> a dict of numbers, as far as there is what
+    they need: n, fd (squared Fréchet distance), sfd (of the second features), is (Inception Score),
+    precision, recall (k-th neighbors; k = 0: neither), accuracy (share that net names as labeled).
 
-    net: uint8 [B,3,H,W] -> (features [B,D], probs [B,K] or None); Inception has a second feature set between the two.
-    samples, reference: a folder (size: its center crop), an npz file, uint8 numpy [N,H,W,3], uint8 tensor [N,3,H,W],
-    any sequence of uint8 [3,H,W] or of (uint8 [3,H,W], label), or Statistics (from measure(), to share among calls).
-    labels: the classes [N] that the samples were made for, in net's numbering.
-    Gives, as far as there is what they need: n, fd (squared Fréchet distance), sfd (of the second features), is
-    (Inception Score), precision and recall (k-th neighbours; k=0 leaves them out), accuracy (share of samples that net
-    names as labelled). Under torchrun the processes share the work, and all return the same."""
-    run = run or vae.Run()
-    how = dict(space=space, size=size, keep=k > 0, micro=micro, run=run)
-    real = measure(net, reference, **how)
-    fake = measure(net, samples, labels, **how, like=[real])
-    real.same_space(fake)
+    net: uint8 [B,3,H,W] -> (features [B,D], probs [B,K] or None); Inception has a second feature set between.
+    samples, reference: see open_set, or Statistics (of measure(), to share among calls). labels: the classes
+    [N] that the samples were made for. device: where net wants its images. Under torchrun the processes share
+    the work, and all return the same."""
+    how = dict(space=space, size=size, micro=micro, device=device)
+    real = measure(net, reference, keep=k > 0, **how)
+    fake = measure(net, samples, like=[real], **how)
     out = {"n": fake.n}
     for name, one, two in zip(("fd", "sfd"), fake.moments, real.moments):
-        out[name] = frechet(*(x.to(run.device) for x in (*one, *two)))
-    if fake.score is not None:
-        out["is"] = fake.score
+        out[name] = frechet(*(x.to(device) for x in (*one, *two)))
+    if fake.probs is not None:
+        out["is"] = inception_score(fake.probs)
     if k and fake.features is not None and real.features is not None:
-        features = [s.features.to(run.device) for s in (real, fake)]
-        out["precision"], out["recall"] = precision_recall(*features, k)
-    if fake.accuracy is not None:
-        out["accuracy"] = fake.accuracy
+        out["precision"], out["recall"] = precision_recall(real.features, fake.features, k)
+    if labels is not None and fake.probs is not None:
+        named, labels = fake.probs.argmax(1).cpu(), torch.as_tensor(labels).cpu()
+        if len(named) != len(labels):
+            raise ValueError(f"{fake.name}: {len(named)} images but {len(labels)} labels")
+        out["accuracy"] = (named == labels).double().mean().item()
     return out
 
 
-# --------------------------------------------------------------------------------------------------- latent spaces
+# --------------------------------------------------------------------------------------------- latent spaces
 
 
 def augmentations(scale=(0.08, 1), ratio=(3 / 4, 4 / 3), kernel=None, sigma=(0.1, 2)):
-    """Table 2's five augmentations: name -> function of (image [3,H,W] in [0,1], generator) that makes two views of it.
-    The paper names no strengths; these are the self-supervised field's. Flip and grayscale compare the image with its
-    mirror image and its gray version. kernel: the blur's in pixels; default 23 at 224-256 px, in proportion else, 3 at least."""
+    """Table 2's five augmentations: name -> function of (image [3,H,W] in [0,1], generator) that makes two
+    views of it. The strengths, which the paper does not name, are those usual in self-supervised learning.
+    kernel: the blur's in pixels; default: 23 at 224-256 px, in proportion else, 3 at least."""
     def crop(x, draw):
         _, h, w = x.shape
         for _ in range(10):
@@ -606,233 +630,226 @@ def augmentations(scale=(0.08, 1), ratio=(3 / 4, 4 / 3), kernel=None, sigma=(0.1
 
 
 @exact()
-def consistency(model, images, augment, seed=0, micro=64, run=None):
-    """Algorithm 1: the cosine of the latents of two views of each image -> raw [N], centred [N]; SC is their mean.
-
-    The latent is the posterior mean, flattened. Centred: each channel's mean over all views is subtracted first, for
-    a constant offset alone raises the raw value. Image i's views are drawn from (seed, i): every VAE sees the same."""
-    run = run or vae.Run()
-    where, first, second = [], [], []
-    for places, x in batches(images, micro, run, "consistency"):
-        views = [augment(image / 255, vae.rng(seed, "augment", i)) for i, image in zip(places.tolist(), x)]
-        a, b = (torch.stack(v) for v in zip(*views))                       # [B, 3, H, W] each, in [0, 1]
-        where.append(places)
-        first.append(model.encode(2 * a - 1).mean.double())                # [B, C, h, w]
-        second.append(model.encode(2 * b - 1).mean.double())
-    z1, z2 = torch.cat(first), torch.cat(second)                           # [N, C, h, w]
-    centre = run.sum((z1 + z2).sum(0)) / (2 * len(images))                 # [C, h, w]
-    centre = centre.mean((1, 2), keepdim=True)                             # [C, 1, 1]
-    rows = torch.zeros(len(images), 2, dtype=torch.float64)
-    for k, c in enumerate((0, centre)):
-        cosine = F.cosine_similarity((z1 - c).flatten(1), (z2 - c).flatten(1))   # Algorithm 1
-        rows[torch.cat(where), k] = cosine.cpu()
-    return run.sum(rows).unbind(1)
+def consistency(model, images, augment, seed=0, micro=64, device="cpu"):
+    """Algorithm 1: the cosine of the latents of two views of each image -> raw [N], centered [N]; SC is their
+    mean. The latent is the posterior mean, flattened. Centered: without each channel's mean over all views,
+    because a constant offset alone raises the raw value. Image i's views are drawn from (seed, i)."""
+    latents = {}
+    for places, x in batches(images, micro, device, "consistency"):
+        views = [augment(image / 255, rng(seed, "augment", i)) for i, image in zip(places.tolist(), x)]
+        a, b = (torch.stack(v) for v in zip(*views))                        # [B, 3, H, W] each, in [0, 1]
+        a, b = (model.encode(2 * v - 1).mean.double() for v in (a, b))      # [B, C, h, w]
+        store(latents, len(images), places, a=a, b=b)
+    a, b = (total(latents[k]) for k in "ab")                                # [N, C, h, w]
+    center = (a + b).mean((0, 2, 3))[:, None, None] / 2                     # [C, 1, 1]
+    pairs = (((a - c).flatten(1), (b - c).flatten(1)) for c in (0, center))
+    return [F.cosine_similarity(*pair).cpu() for pair in pairs]             # Algorithm 1
 
 
 def probe(x, y, decay=1e-3):
-    """Linear-probe accuracy: logistic regression on the first half of x [N,D], y [N], scored on the second half.
-    Features are standardised; mean cross entropy + decay * |W|^2, solved by L-BFGS."""
+    """Linear-probe accuracy: logistic regression on the first half of x [N,D], y [N], tested on the second.
+    Features are standardized; mean cross entropy + decay * |W|^2, solved by L-BFGS."""
     half, classes = len(x) // 2, int(y.max()) + 1
     x = x.double()
     x = (x - x[:half].mean(0)) / x[:half].std(0).clamp(min=1e-8)
-    weight = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+    weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()
-        loss = F.cross_entropy(x[:half] @ weight[:-1] + weight[-1], y[:half]) + decay * weight[:-1].square().sum()
+        loss = F.cross_entropy(x[:half] @ weight + bias, y[:half]) + decay * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         solver.step(closure)
-    right = (x[half:] @ weight[:-1] + weight[-1]).argmax(1) == y[half:]
-    return right.double().mean().item()
+    return ((x[half:] @ weight + bias).argmax(1) == y[half:]).double().mean().item()
 
 
 def stratified(labels, seed):
-    """An order of all images, drawn from the seed, whose beginnings have the classes in the whole set's proportions."""
-    draw, key = vae.rng(seed, "subset"), np.empty(len(labels))
+    """An order of all images, drawn from the seed, whose beginnings have the classes in the set's shares."""
+    draw, key = rng(seed, "subset"), np.empty(len(labels))
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
-        key[draw.permutation(members)] = (np.arange(len(members)) + draw.uniform(size=len(members))) / len(members)
+        n = len(members)
+        key[draw.permutation(members)] = (np.arange(n) + draw.uniform(size=n)) / n
     return np.argsort(key, kind="stable")
 
 
-ROWS = ("psnr", "ssim", "ssim2", "lpips", "z_mean", "z_square", "z_min", "z_max", "posterior_std", "kl")
-
-
 @exact()
-def reconstruct(model, images, seed, micro, run, name, lpips=None, inception=None, keep=0):
-    """Every image through the VAE by a posterior sample, its noise drawn from (seed, place) -> {ROWS: [N], a number per
-    image}, Statistics of the reconstructions (None without Inception), the first posterior means [keep, C, h, w]."""
-    rows, latents = torch.zeros(len(images), len(ROWS), dtype=torch.float64), None
-    made = Statistics(name, n=len(images)) if inception else None
-    for places, x in batches(images, micro, run, name):
-        if x.shape[2] % model.f or x.shape[3] % model.f:
-            raise ValueError(f"{name}: needs sides in multiples of {model.f}, not {tuple(x.shape[2:])}; see --size")
-        posterior = model.encode(vae.from_uint8(x))
-        shape = posterior.mean.shape[1:]                                   # C, h, w
-        noise = torch.stack([vae.normal(shape, seed, "noise", i) for i in places.tolist()])
-        z = posterior.sample(noise.to(x.device))
-        y = vae.to_uint8(model.decode(z))                                  # [B, 3, H, W]
-        a, b, flat = x / 255, y / 255, z.double().flatten(1)               # flat: [B, C*h*w]
-        distance = lpips(2 * a - 1, 2 * b - 1) if lpips else torch.full((len(x),), math.nan)
-        rows[places] = torch.stack([v.double().cpu() for v in (
-            psnr(a, b), ssim(a, b), ssim(a, b, data_range=2), distance, flat.mean(1), flat.square().mean(1),
-            flat.amin(1), flat.amax(1), posterior.std.flatten(1).mean(1), posterior.kl())], 1)
-        if keep:
-            latents = torch.zeros(keep, *shape) if latents is None else latents
-            latents[places[places < keep]] = posterior.mean.float().cpu()[places < keep]
-        if inception:
-            made.add(places, inception(y))
-    rows = dict(zip(ROWS, run.sum(rows).unbind(1)))
-    return rows, made and made.finish(run), latents if latents is None else run.sum(latents)
+def reconstruct(model, images, seed, micro, device, name, lpips=None, inception=None, means=0):
+    """Every image through the VAE by a posterior sample, its noise drawn from (seed, place) -> two dicts
+    {name: [N]} of its metrics and of its latent (Table 10), Statistics of the reconstructions (empty without
+    Inception), and the first posterior means [means, C, h, w] (None for 0)."""
+    n, metrics, latents, kept = len(images), {}, {}, {}
+
+    def reconstructions():
+        for places, x in batches(images, micro, device, name):
+            if x.shape[2] % model.f or x.shape[3] % model.f:
+                size = tuple(x.shape[2:])
+                raise UserError(f"{name}: needs sides in multiples of {model.f}, not {size}; see --size")
+            posterior = model.encode(from_uint8(x))
+            shape = posterior.mean.shape[1:]                                   # C, h, w
+            noise = torch.stack([normal(shape, seed, "noise", i) for i in places.tolist()])
+            z = posterior.sample(noise.to(x.device))
+            y = to_uint8(model.decode(z))                                      # [B, 3, H, W]
+            a, b, flat = x / 255, y / 255, z.double().flatten(1)               # flat: [B, C*h*w]
+            store(metrics, n, places, psnr=psnr(a, b), ssim=ssim(a, b), ssim2=ssim(a, b, data_range=2))
+            if lpips:
+                store(metrics, n, places, lpips=lpips(2 * a - 1, 2 * b - 1).double())
+            store(latents, n, places, z_mean=flat.mean(1), z_square=flat.square().mean(1))
+            store(latents, n, places, z_min=flat.amin(1), z_max=flat.amax(1), kl=posterior.kl().double())
+            store(latents, n, places, posterior_std=posterior.std.flatten(1).mean(1).double())
+            first = places < means
+            store(kept, means, places[first], mean=posterior.mean.float()[first.to(x.device)])
+            yield places, y
+
+    made = Statistics(name, n=n)
+    if inception:
+        gather(inception, reconstructions(), made, keep=False)
+    else:
+        for _ in reconstructions():
+            pass
+    metrics, latents = ({k: total(v).cpu() for k, v in d.items()} for d in (metrics, latents))
+    return metrics, latents, made, total(kept["mean"]) if means else None
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------ the command line
 
 
 def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("samples", nargs="*", help="npz (arr_0: uint8 [N,H,W,3]), folder of images, or statistics file")
-    p.add_argument("--ref", help="what to compare with, likewise; an npz's own mu and sigma are used where present")
-    p.add_argument("--features", choices=["inception", "dinov2"], default="inception", help="dinov2: FD there")
-    p.add_argument("--inception", default="inception", help="weight file (default: the public one); none: no rFID")
+    p.add_argument("samples", nargs="*", help="npz (arr_0: uint8 [N,H,W,3]), folder of images, or statistics")
+    p.add_argument("--ref", help="what to compare with, likewise; an npz's own mu and sigma are used")
+    p.add_argument("--features", choices=["inception", "dinov2"], default="inception", help="dinov2 gives FD")
+    p.add_argument("--inception", default="inception", help="weight file (default: public); none: no rFID")
     p.add_argument("--dino", default="vitl14", help="DINOv2's name or weight file, for --features dinov2")
-    p.add_argument("--save-stats", metavar="FILE", help="keep the reference's statistics; works without SAMPLES, too")
-    p.add_argument("--vae", nargs="+", default=[], help="measure these VAEs instead, paired with the first, on --data")
+    p.add_argument("--save-stats", metavar="FILE", help="keep --ref's statistics; works without SAMPLES, too")
+    p.add_argument("--vae", nargs="+", default=[], help="measure these instead, paired with the first")
     p.add_argument("--data", help="folder of images for --vae")
-    p.add_argument("--probe", action="store_true", help="linear-probe accuracy of the latents; needs classes")
-    p.add_argument("--vgg", default="vgg16", help="LPIPS's weight file in torchvision's layout (default: the public one); none: no LPIPS")
-    p.add_argument("--lpips", help="its linear layers; default: the public ones with the public VGG, else none")
-    p.add_argument("--crop-scale", type=float, nargs=2, default=[0.08, 1], help="Table 2: the crop's share of area,")
-    p.add_argument("--crop-ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="its aspect ratio,")
-    p.add_argument("--blur-kernel", type=int, help="the blur's kernel in pixels (default: 23 at 256 px),")
-    p.add_argument("--blur-sigma", type=float, nargs=2, default=[0.1, 2], help="its width in pixels")
-    p.add_argument("--size", type=int, help="center crop of folders (default: 256 for --data, else none)")
-    p.add_argument("--num", "--num-images", type=int, help="how many images each of SAMPLES must hold, or how many of --data to take")
-    p.add_argument("--micro", type=int, default=32, help="images a process holds at once; lower it if memory runs out")
+    p.add_argument("--probe", action="store_true", help="linear probe of the latents; needs classes")
+    p.add_argument("--vgg", default="vgg16", help="LPIPS's weight file (default: public); none: no LPIPS")
+    p.add_argument("--lpips", help="its linear layers; default: the public ones with the public VGG")
+    pair = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+    p.add_argument("--crop-scale", **pair, default=[0.08, 1], help="Table 2: the crop's share of the area,")
+    p.add_argument("--crop-ratio", **pair, default=[3 / 4, 4 / 3], help="its aspect ratio,")
+    p.add_argument("--blur-kernel", type=positive, help="the blur's kernel in pixels (default: 23 at 256),")
+    p.add_argument("--blur-sigma", **pair, default=[0.1, 2], help="its width in pixels")
+    p.add_argument("--size", type=positive, help="center crop of folders (default: 256 for --data)")
+    p.add_argument("--num", "--num-images", type=positive,
+                   help="how many images each of SAMPLES must hold, or how many of --data to take")
+    p.add_argument("--micro", type=positive, default=32, help="images held at once; less needs less memory")
     p.add_argument("--seed", type=int, default=0, help="draws images, noise and views for --vae")
-    p.add_argument("--out", metavar="FILE", help="default: results.json beside SAMPLES, or in the VAE's folder")
+    p.add_argument("--out", metavar="FILE", help="default: results.json beside SAMPLES, in the VAE's folder")
     args = p.parse_args()
-    side, least, kernel = 256 if args.size is None else args.size, 7 if args.vae else 1, args.blur_kernel
-    for wrong, line in (
-            (args.vae and (args.samples or args.ref or args.save_stats or args.features != "inception"),
-             "--vae is measured on --data, without SAMPLES, --ref, --save-stats and --features"),
-            (not args.vae and (args.data or args.probe or args.inception == "none"),
-             "--data, --probe and --inception none go with --vae"),
-            (args.micro < 1 or (args.num is not None and args.num < 1), "--num and --micro are 1 at least"),
-            (side < least, f"--size is {least} at least" + ", the window of SSIM" * (least > 1)),
-            (kernel is not None and not (kernel % 2 and 0 < kernel < 2 * side),
-             f"--blur-kernel is odd and less than twice the image's {side} px")):
-        if wrong:
-            p.error(line)
+    side, kernel = args.size or 256, args.blur_kernel or 1
+    if args.vae and (args.samples or args.ref or args.save_stats or args.features != "inception"):
+        p.error("--vae is measured on --data, without SAMPLES, --ref, --save-stats and --features")
+    if not args.vae and (args.data or args.probe or args.inception == "none"):
+        p.error("--data, --probe and --inception none go with --vae")
+    if args.vae and side < 7:
+        p.error("--size is 7 at least, the window of SSIM")
+    if kernel % 2 == 0 or kernel >= 2 * side:
+        p.error(f"--blur-kernel is odd and less than twice the image's {side} px")
+    source = Path([*args.samples, *args.vae, "."][0])
+    args.out = args.out or str((source if source.is_dir() else source.parent) / "results.json")
     return args
 
 
-def results(name, value, args, run):
-    """Adds what was measured, on what and how, to results.json; an entry of the same name is replaced, and a line says so
-    if it was measured otherwise."""
-    source = Path((args.samples or args.vae)[0])
-    path = Path(args.out) if args.out else (source if source.is_dir() else source.parent) / "results.json"
-    if run.main:
-        book = vae.read_json(path, {})
-        device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        old = book.get(name, {}).get("settings", {})
-        was = [f"{k} {v}" for k, v in old.items()
-               if v != vars(args).get(k) and k not in ("samples", "save_stats", "micro", "out")]
-        if was:
-            run.print(f"{path}: replaces what it held of {name}, measured with {', '.join(was)}")
-        book[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": vars(args),
-                      "seed": args.seed, "versions": versions, "device": device, "processes": run.world}
-        vae.save_json(path, book)
+def write_result(name, value, args):
+    """Adds what was measured, on what and how, to results.json. An entry of the same name is replaced; a line
+    says so if it was measured otherwise."""
+    if rank() > 0:
+        return
+    book, how, free = read_json(args.out, {}), vars(args), ("samples", "save_stats", "micro", "out")
+    old = book.get(name, {}).get("settings", {})
+    changed = [f"{k} {v}" for k, v in old.items() if v != how.get(k) and k not in free]
+    if changed:
+        print0(f"{args.out}: replaces what it held of {name}, measured with {', '.join(changed)}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    book[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": how}
+    book[name] |= {"seed": args.seed, "versions": versions, "device": device, "processes": world()}
+    save(book, args.out)
 
 
-def table(run, heads, rows):
-    """Prints rows of numbers under heads; "-" where there is none."""
-    first = max(len(str(row[0])) for row in [heads, *rows])
-    widths = [max(10, len(h)) for h in heads[1:]]
-    for name, *numbers in [heads, *rows]:
-        cells = ["-" if x is None else f"{x:.4f}" if isinstance(x, float) else str(x) for x in numbers]
-        run.print(name.ljust(first), *(c.rjust(w) for c, w in zip(cells, widths)))
+def print_row(cells, first, others=10):
+    """One line of a table, whose columns are so wide; "-" where there is no number."""
+    cells = ["-" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells]
+    print0(cells[0].ljust(first), *(c.rjust(others) for c in cells[1:]))
 
 
-def feature_net(args, run):
+def feature_net(args, device):
     """(net, name of its feature space) for --features."""
-    with run.first():
-        if args.features == "inception":
-            net = Inception.load(args.inception).to(run.device)
-            return net, f"inception {vae.fingerprint(net)[:8]}"
-        net = dino.DINOv2.load(args.dino).to(run.device)
+    if args.features == "inception":
+        net = Inception.load(args.inception).to(device)
+        return net, f"inception {fingerprint(net)[:8]}"
+    net = DINOv2.load(args.dino).to(device)
 
-    def cls(x):   # FD-DINOv2 is reported on the cls token at 224 px; antialiased, because 256 px are made smaller
-        return net.targets(vae.from_uint8(x), 16, antialias=True)[1], None
+    def cls(x):   # FD-DINOv2 is reported on the cls token at 224 px; antialiased, because 256 px shrink
+        return net.targets(from_uint8(x), 16, antialias=True)[1], None
 
-    return cls, f"dinov2 {vae.fingerprint(net)[:8]}"
+    return cls, f"dinov2 {fingerprint(net)[:8]}"
 
 
-def inputs(args):
-    """Opens --ref and SAMPLES, so that what is wrong is said before anything long -> (Statistics that they hold, after
-    one of the space that --features names; whether there are images to measure)."""
-    known, measured = [Statistics(f"--features {args.features}", args.features)], False
+def look_at_inputs(args):
+    """Opens --ref and SAMPLES, so that what is wrong is said before anything long -> (Statistics that they
+    hold, after an empty one of --features; whether there are images to measure)."""
+    if not args.ref or not (args.samples or args.save_stats):
+        raise UserError("give SAMPLES and --ref, or --vae and --data; see --help")
+    known, any_images = [Statistics(f"--features {args.features}", args.features)], False
     for source in (args.ref, *args.samples):
         images, own = open_set(source, args.size)
-        measured |= images is not None
         n = own.n if own else len(images)
         if args.num and n != args.num and source in args.samples:
-            raise ValueError(f"{source}: holds {n or 'an unknown number of'} images, --num asks for {args.num}")
-        for other in known if own else []:
-            own.same_space(other)
+            raise UserError(f"{source}: holds {n or 'an unknown number of'} images, not --num {args.num}")
         known += [own] if own else []
-    return known, measured
+        any_images |= images is not None
+    return known, any_images
 
 
-def score_samples(args, run):
+def compare_samples(args, device):
     """FID, sFID, IS, precision, recall of each of SAMPLES against --ref, whose features are computed once."""
-    if not args.ref or not (args.samples or args.save_stats):
-        raise ValueError("give SAMPLES and --ref, or --vae and --data; see --help")
-    known, measured = inputs(args)
-    net, space = feature_net(args, run) if measured else (None, max(s.space for s in known))
-    how = dict(space=space, size=args.size, micro=args.micro, run=run)
-    reference = measure(net, args.ref, **how, like=known)
-    if args.save_stats and run.main:
+    known, any_images = look_at_inputs(args)
+    net, space = feature_net(args, device) if any_images else (None, "")
+    how = dict(space=space, size=args.size, micro=args.micro, device=device)
+    reference = measure(net, args.ref, keep=bool(args.samples), like=known, **how)
+    if args.save_stats and rank() == 0:
         reference.save(args.save_stats)
-    kind = {"fd": "fid", "sfd": "sfid"} if args.features == "inception" else {}
-    columns = ["fid", "sfid", "is", "precision", "recall"] if kind else ["fd", "precision", "recall"]
-    rows = []
+    names, columns = {"fd": "fid", "sfd": "sfid"}, ["fid", "sfid", "is", "precision", "recall"]
+    if args.features == "dinov2":
+        names, columns = {}, ["fd", "precision", "recall"]
+    heads = [f"against {args.ref}", *columns]
+    width = max(map(len, [heads[0], *args.samples]))
+    if args.samples:
+        print_row(heads, width)
     for source in args.samples:
-        value = {kind.get(k, k): v for k, v in evaluate(net, source, reference, **how).items()}
-        results(source if kind else f"{source}, {space}", value, args, run)
-        rows.append([source, *map(value.get, columns)])
-    if rows:
-        table(run, [f"against {args.ref}", *columns], rows)
+        value = {names.get(k, k): v for k, v in evaluate(net, source, reference, **how).items()}
+        print_row([source, *map(value.get, columns)], width)
+        write_result(source if names else f"{source}, {reference.space}", value, args)
 
 
-def score_vae(model, name, images, labels, nets, args, run):
+def describe_vae(model, name, images, labels, nets, args, device):
     """Tables 8, 10 and 2 for one VAE -> (values, {metric: [n], one number per image})."""
     lpips, inception, reference = nets
-    keep = min(len(images), 10000) if args.probe else 0
-    each, made, latents = reconstruct(model, images, args.seed, args.micro, run, name, lpips, inception, keep)
-    z = {k: each.pop(k)[:10000] for k in ROWS[4:]}                                # Table 10: of 10,000 images
-    if lpips is None:
-        del each["lpips"]
+    means, how = min(len(images), 10000) if args.probe else 0, (args.seed, args.micro, device)
+    each, latents, made, z = reconstruct(model, images, *how, name, lpips, inception, means)
     views = torch.utils.data.Subset(images, range(min(len(images), 1000)))
-    for augment, function in augmentations(args.crop_scale, args.crop_ratio, args.blur_kernel, args.blur_sigma).items():
-        raw, centred = consistency(model, views, function, args.seed, args.micro, run)   # Table 2
-        each |= {f"sc_{augment}": raw, f"sc_{augment}_centred": centred}
+    strengths = args.crop_scale, args.crop_ratio, args.blur_kernel, args.blur_sigma
+    for augment, function in augmentations(*strengths).items():                          # Table 2
+        raw, centered = consistency(model, views, function, *how)
+        each |= {f"sc_{augment}": raw, f"sc_{augment}_centred": centered}
     values = {"n": len(images)}
-    if made:
-        values["rfid"] = frechet(*made.moments[0], *reference.moments[0])         # Table 8
-    values |= {k: v.mean().item() for k, v in each.items()}
-    mean = z["z_mean"].mean()
-    values |= {"z_mean": mean.item(), "z_std": (z["z_square"].mean() - mean ** 2).sqrt().item(),
-               "z_min": z["z_min"].min().item(), "z_max": z["z_max"].max().item(),
-               "posterior_std": z["posterior_std"].mean().item(), "kl": z["kl"].mean().item()}
+    if inception:
+        values["rfid"] = frechet(*made.moments[0], *reference.moments[0])                # Table 8
+    latents = {k: v[:10000] for k, v in latents.items()}                                 # Table 10
+    values |= {k: v.mean().item() for k, v in (each | latents).items()}
+    values["z_std"] = math.sqrt(max(values.pop("z_square") - values["z_mean"] ** 2, 0))
+    values |= {"z_min": latents["z_min"].min().item(), "z_max": latents["z_max"].max().item()}
     if args.probe:
-        x, y = latents.to(run.device), torch.as_tensor(labels[:keep]).to(run.device)
-        values |= {"probe_flat": probe(x.flatten(1), y), "probe_mean": probe(x.mean((2, 3)), y)}
+        y = torch.as_tensor(labels[:means]).to(device)
+        values |= {"probe_flat": probe(z.flatten(1), y), "probe_mean": probe(z.mean((2, 3)), y)}
     return values, each
 
 
@@ -842,42 +859,50 @@ def spread(each):
     return {k: v.mean().item() for k, v in each.items()}, error
 
 
-def score_vaes(args, run):
-    """Every --vae on the same images, noise and views; from the second on also the paired differences to the first."""
+def compare_vaes(args, device):
+    """Every --vae on the same images, noise and views; from the second on also differences to the first."""
     if not args.data:
-        raise ValueError("--data names the folder of images to measure --vae on")
-    folder = vae.Images(args.data, args.size or 256)
+        raise UserError("--data names the folder of images to measure --vae on")
+    folder = Images(args.data, args.size or 256)
     if args.num and args.num > len(folder):
-        raise ValueError(f"{args.data}: holds {len(folder)} images, --num asks for {args.num}")
+        raise UserError(f"{args.data}: holds {len(folder)} images, not --num {args.num}")
     order = stratified(folder.labels, args.seed)[:args.num]
     images, labels = torch.utils.data.Subset(folder, order.tolist()), folder.labels[order]
     if args.probe and len(set(labels[:min(len(labels), 10000) // 2])) < 2:
-        raise ValueError(f"{args.data}: --probe needs one folder of images per class, two classes in the half it learns from")
-    with run.first():
-        models = [vae.VAE.load(name).to(run.device) for name in args.vae]
-        try:
-            inception = None if args.inception == "none" else Inception.load(args.inception).to(run.device)
-            lpips = None if args.vgg == "none" else LPIPS.load(args.vgg, args.lpips).to(run.device)
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f"{e}; --inception none leaves rFID out, --vgg none LPIPS") from None
-    reference = measure(inception, images, keep=False, micro=args.micro, run=run) if inception else None
-    heads, columns, first = [""], [], None
+        raise UserError(f"{args.data}: --probe needs a folder per class, two in the half it fits")
+    models = [VAE.load(name).to(device) for name in args.vae]
+    try:
+        inception = None if args.inception == "none" else Inception.load(args.inception).to(device)
+        lpips = None if args.vgg == "none" else LPIPS.load(args.vgg, args.lpips).to(device)
+    except UserError as e:
+        raise UserError(f"{e}; --inception none leaves rFID out, --vgg none LPIPS") from None
+    how = dict(keep=False, micro=args.micro, device=device)
+    nets = lpips, inception, measure(inception, images, **how) if inception else None
+    columns, first = [], None
     for name, model in zip(args.vae, models):
-        values, each = score_vae(model, name, images, labels, (lpips, inception, reference), args, run)
+        values, each = describe_vae(model, name, images, labels, nets, args, device)
         values["standard_error"] = spread(each)[1]
-        heads, columns = [*heads, name, "+-"], [*columns, values, values["standard_error"]]
+        columns += [(name, values), ("+-", values["standard_error"])]
         if first:
-            values["difference"], values["difference_error"] = spread({k: v - first[k] for k, v in each.items()})
-            heads, columns = [*heads, "difference", "+-"], [*columns, values["difference"], values["difference_error"]]
+            difference, error = spread({k: v - first[k] for k, v in each.items()})
+            values |= {"difference": difference, "difference_error": error}
+            columns += [("difference", difference), ("+-", error)]
         first = first or each
-        results(name, values, args, run)
-    table(run, heads, [[k, *(c.get(k) for c in columns)] for k, v in columns[0].items() if not isinstance(v, dict)])
+        write_result(name, values, args)
+    width = max(10, *map(len, args.vae))
+    print_row(["", *(head for head, _ in columns)], 20, width)
+    for name in [k for k, v in columns[0][1].items() if not isinstance(v, dict)]:
+        print_row([name, *(column.get(name) for _, column in columns)], 20, width)
 
 
 def main():
-    args = flags()
-    (score_vaes if args.vae else score_samples)(args, vae.Run())
+    args, device = flags(), start()
+    read_json(args.out, {})           # if the numbers cannot be added to it, that is said now
+    if args.vae:
+        compare_vaes(args, device)
+    else:
+        compare_samples(args, device)
 
 
 if __name__ == "__main__":
-    vae.main(main)
+    run_script(main)
