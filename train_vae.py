@@ -1,11 +1,14 @@
-"""Stage 1 of ReaLS: fine-tune (or train) a KL autoencoder whose latents align with DINOv2's features (Eq. 1-6, Table 1).
+"""Stage 1 of ReaLS: fine-tune (or train) a KL autoencoder whose latents align with DINOv2's features
+(Eq. 1-6, Table 1).
 
-    torchrun --nproc_per_node=8 train_vae.py                # the paper's run: SD-VAE, DINOv2-large-reg, 256 px, 10 epochs
-    python train_vae.py --init none --ch 16 --mult 1 2 4 --blocks 1 ...     # a small one on a laptop: see tests/demo.py
+    torchrun --nproc_per_node=8 train_vae.py    # the paper's run: SD-VAE, DINOv2-large-reg, 256 px, 10 epochs
+    python train_vae.py --init none --ch 16 --mult 1 2 4 --blocks 1 ...           # small: see tests/demo.py
 
-It leaves a folder, --out/vae, that diffusers reads, with the alignment MLPs and the latents' statistics beside.
+It leaves a folder, OUT/vae, that diffusers reads, with the alignment MLPs and the latents' statistics beside.
 """
 import argparse
+import functools
+import math
 from pathlib import Path
 
 import torch
@@ -13,39 +16,68 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import vae as V
-from dino import DINOv2
+from dino import load_teacher, pca
 from fid import LPIPS, psnr
+from vae import (
+    VAE,
+    Align,
+    Images,
+    Log,
+    Stop,
+    UserError,
+    accumulation_steps,
+    add_run_flags,
+    fingerprint,
+    from_uint8,
+    last_checkpoint,
+    loader,
+    lock,
+    normal,
+    print0,
+    progress,
+    rank,
+    rng,
+    run_script,
+    save_checkpoint,
+    save_picture,
+    shuffled_index,
+    start,
+    statistics,
+    to_uint8,
+    world,
+)
 
 
-def flags():
+def flags(ungiven=()):
+    """The command line's flags; the `ungiven` ones as if they had been left out."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="imagenet/train", help="folder of images, one subfolder per class")
     p.add_argument("--val", default="imagenet/val", help="folder of images for PSNR and pictures")
     p.add_argument("--size", type=int, default=256, help="side of the training images in pixels")
-    p.add_argument("--init", default="sd-vae-ft-ema", help="a public name, a VAE's folder or file, or none: from nothing")
+    p.add_argument("--init", default="sd-vae-ft-ema", help="a public name, a VAE's folder or file, or none")
     p.add_argument("--ch", type=int, default=128, help="with --init none: width of the first level")
-    p.add_argument("--mult", type=int, nargs="+", default=[1, 2, 4, 4], help="with --init none: widths in units of --ch")
+    p.add_argument("--mult", type=int, nargs="+", default=[1, 2, 4, 4], help="with --init none: widths in ch")
     p.add_argument("--blocks", type=int, default=2, help="with --init none: residual blocks per level")
     p.add_argument("--z-channels", type=int, default=4, help="with --init none: latent channels")
-    p.add_argument("--dino", default="vitl14_reg", help="a public name (Table 6: vitb14_reg) or a file in Meta's layout")
-    p.add_argument("--features", choices=["both", "patch", "cls", "none"], default="both", help="what is aligned (Table 5)")
+    p.add_argument("--dino", default="vitl14_reg", help="a public name (Table 6: vitb14_reg) or file")
+    p.add_argument("--features", choices=["both", "patch", "cls", "none"], default="both", help="Table 5")
     p.add_argument("--align-layers", type=int, default=2, help="Linears in each alignment MLP (Table 7)")
     p.add_argument("--align-hidden", type=int, help="their hidden width; default: DINOv2's")
-    p.add_argument("--gan", type=float, default=0.1, help="weight of the PatchGAN term (Eq. 6); 0: no discriminator")
-    p.add_argument("--gan-start", type=int, default=2000, help="step at which a fresh discriminator begins to count")
+    p.add_argument("--gan", type=float, default=0.1, help="weight of the PatchGAN term; 0: no discriminator")
+    p.add_argument("--gan-start", type=int, default=2000, help="step from which a fresh discriminator counts")
     p.add_argument("--perceptual", type=float, default=1.0, help="weight of LPIPS; 0: no VGG")
     p.add_argument("--vgg", help="VGG16 weights; default: torchvision's, downloaded")
-    p.add_argument("--lpips", help="LPIPS linear layers; default: the public ones with the public VGG, none with another")
-    p.add_argument("--kl", type=float, default=2e-5, help="weight of KL summed over the latent (Table 10, Figure 5)")
+    p.add_argument("--lpips", help="LPIPS's linear layers; default: the public ones, with the public VGG")
+    p.add_argument("--kl", type=float, default=2e-5, help="weight of KL summed over the latent (Figure 5)")
     p.add_argument("--align", type=float, default=1.0, help="weight of the alignment; 0: no DINOv2")
-    p.add_argument("--train", choices=["vae", "align"], default="vae", help="align: only the MLPs, on a frozen VAE")
+    p.add_argument("--train", choices=["vae", "align"], default="vae", help="align: the MLPs alone")
     p.add_argument("--epochs", type=int, default=10)
     p.add_argument("--steps", type=int, help="replaces --epochs")
     p.add_argument("--schedule", choices=["cosine", "constant"], default="cosine")
     p.add_argument("--weight-decay", type=float, default=0.01)
-    V.run_flags(p, out="out/vae", batch=64, lr=5e-5)
+    add_run_flags(p, out="out/vae", batch=64, lr=5e-5)
     args = p.parse_args()
+    vars(args).update({k: p.get_default(k) for k in ungiven})
     if args.train == "align":
         args.gan = args.perceptual = args.kl = 0.0
     if args.train == "align" and (args.features == "none" or args.align == 0):
@@ -55,18 +87,19 @@ def flags():
     return args
 
 
-# -------------------------------------------------------------------------------------------------------- the losses
+# ---------------------------------------------------------------------------------------- networks and losses
 
 
 class PatchGAN(nn.Module):
-    """The 70 x 70 patch discriminator (Isola et al. 2017; sizes and init as in taming-transformers): images [B,3,H,W] ->
-    logits [B,1,h,w], 30 x 30 at 256 px. Its batch norms see the images of one call."""
+    """The 70 x 70 patch discriminator (Isola et al. 2017; sizes and init as in taming-transformers): images
+    [B,3,H,W] -> logits [B,1,h,w], 30 x 30 at 256 px. Its batch norms see the images of one call."""
 
     def __init__(self, ch=64):
         super().__init__()
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for a, b, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
-            layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+            layers.append(nn.Conv2d(a, b, 4, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(b, track_running_stats=False), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
         for m in self.main:
             if isinstance(m, nn.Conv2d):
@@ -89,12 +122,9 @@ def align_loss(ours, theirs):
     return 0.9 * cosine + 0.1 * F.smooth_l1_loss(ours, theirs)   # Eq. 2
 
 
-def total_loss(terms, gan, perceptual, kl, align):
-    """Eq. 6 from its raw terms (those whose networks are left out are absent)."""
-    zero = 0.0
-    pixel = terms.get("mse", zero) + gan * terms.get("gan", zero) + perceptual * terms.get("lpips", zero)   # Eq. 3
-    latent = kl * terms.get("kl", zero) + align * terms.get("align", zero)                                  # Eq. 4
-    return pixel + latent                                                                                   # Eq. 5, and Eq. 6
+def weighted(terms):
+    """The sum of loss terms {name: (weight, value)}."""
+    return sum(weight * value for weight, value in terms.values())
 
 
 class Stage1(nn.Module):
@@ -106,260 +136,238 @@ class Stage1(nn.Module):
         vae.requires_grad_(not frozen)
 
     def forward(self, x, noise):
-        """x [B,3,H,W] in [-1,1], noise [B,C,h,w] -> moments [B,2C,h,w], reconstruction, aligned patch and cls features."""
+        """x [B,3,H,W] in [-1,1], noise [B,C,h,w] -> posterior, z [B,C,h,w], reconstruction [B,3,H,W] (None if
+        the VAE is frozen), aligned features patch [B,hw,D] and cls [B,D] (None if they are not aligned)."""
         posterior = self.vae.encode(x)
         z = posterior.sample(noise)
         recon = None if self.frozen else self.vae.decode(z)
         patch, cls = (None, None) if self.align is None else self.align(z)
-        return torch.cat([posterior.mean, posterior.logvar], 1), recon, patch, cls
+        return posterior, z, recon, patch, cls
 
 
-class Losses:
-    """The raw terms of Eq. 6 for one micro-batch; the networks that are not trained by it live here."""
-
-    def __init__(self, args, run, dino, lpips, disc, grid):
-        self.dino, self.lpips, self.disc, self.grid = dino, lpips, disc, grid
-        self.device, self.dtype = run.device, torch.float64 if args.dtype == "fp64" else torch.float32
-        self.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-        self.wanted = {"patch": args.features in ("patch", "both"), "cls": args.features in ("cls", "both")}   # Table 5
-
-    def targets(self, x):
-        """DINOv2's patch [B,hw,D] and cls [B,D] features, one patch for each latent vector (448 px for images of 256)."""
-        with torch.no_grad(), self.autocast():
-            patch, cls = self.dino.targets(x, self.grid)
-        return patch.to(self.dtype), cls.to(self.dtype)
-
-    def __call__(self, model, x, noise):
-        """-> ({term: scalar}, reconstruction or None, posterior); x [B,3,H,W] in [-1,1], noise [B,C,h,w]."""
-        with self.autocast():
-            moments, recon, patch, cls = model(x, noise)
-        posterior, terms = V.Gaussian(moments), {}
-        if recon is not None:
-            recon = recon.to(self.dtype)                    # out of bf16: every loss is counted in float32
-            terms["mse"] = F.mse_loss(recon, x)
-            terms["kl"] = posterior.kl().mean()
-        if self.lpips is not None:
-            terms["lpips"] = self.lpips(recon, x).mean()
-        if self.disc is not None:
-            self.disc.requires_grad_(False)
-            terms["gan"] = -self.disc(recon).mean()
-            self.disc.requires_grad_(True)
-        if patch is not None:
-            dino_patch, dino_cls = self.targets(x)
-            terms["patch"] = align_loss(patch.to(self.dtype), dino_patch)
-            terms["cls"] = align_loss(cls.to(self.dtype), dino_cls)
-            terms["align"] = sum(w * terms[k] for k, w in self.wanted.items())
-        return terms, recon, posterior
+def build(args, device, dtype):
+    """The networks of a run: VAE with alignment MLPs, teacher, LPIPS, discriminator (None if their weight is
+    0)."""
+    torch.manual_seed(int(rng(args.seed, "init").integers(2**31)))
+    if args.init == "none":
+        vae = VAE(args.ch, args.mult, args.blocks, args.z_channels)
+    else:
+        vae = VAE.load(args.init)
+    teacher = load_teacher(args.dino) if args.align else None
+    lpips = LPIPS.load(args.vgg, args.lpips) if args.perceptual else None
+    if args.size % vae.f:
+        raise UserError(f"--size {args.size} is not a multiple of {vae.f}, this VAE's downsampling factor")
+    align = None
+    if teacher is not None:
+        align = Align(vae.z_channels, teacher.dim, args.align_layers, args.align_hidden, args.features)
+    disc = PatchGAN() if args.gan else None
+    stage1 = Stage1(vae, align, args.train == "align").to(memory_format=torch.channels_last).train()
+    nets = stage1, teacher, lpips, disc
+    for net in filter(None, nets):
+        net.to(device, dtype)
+        if args.compile:
+            net.compile(dynamic=False)                    # shapes are few and fixed
+    return nets
 
 
-# ---------------------------------------------------------------------------------------------------- data and pictures
+# ------------------------------------------------------------------------------------------ data and pictures
 
 
 class Draws(torch.utils.data.Dataset):
-    """A micro-batch with all its random draws, made in the loader's workers: (step, places in the global batch) ->
-    uint8 images [B,3,S,S], noise [B,C,h,w], indices of unreadable files (each replaced by the file after it)."""
+    """A micro-batch with all its random draws, made in the loader's workers: [step, places in the global
+    batch] -> uint8 images [B,3,S,S], noise [B,C,h,w]."""
 
     def __init__(self, images, shape, args):
         self.images, self.shape, self.batch, self.seed = images, shape, args.batch, args.seed
 
     def __getitem__(self, work):
         step, places = work
-        x, noise, bad = [], [], []
-        for place in places:
-            image, _, unread = self.images.near(V.order(self.seed, len(self.images), step * self.batch + place))
-            bad += unread
-            x.append(image.flip(-1) if V.rng(self.seed, "flip", step, place).random() < 0.5 else image)
-            noise.append(V.normal(self.shape, self.seed, "noise", step, place))
-        return torch.stack(x), torch.stack(noise), bad
+        x, noise = zip(*(self.draw(step, place) for place in places))
+        return torch.stack(x), torch.stack(noise)
+
+    def draw(self, step, place):
+        i = shuffled_index(self.seed, len(self.images), step * self.batch + place)
+        image, _ = self.images.first_readable(i)
+        if rng(self.seed, "flip", step, place).random() < 0.5:
+            image = image.flip(-1)
+        return image, normal(self.shape, self.seed, "noise", step, place)
 
 
 @torch.no_grad()
-def reconstruct(stage1, x):
-    """[B,3,H,W] in [-1,1] -> what the decoder makes of the posterior's mean, and PSNR in dB, mean over the images."""
-    y = stage1.vae.decode(stage1.vae.encode(x).mean).clamp(-1, 1)
+def reconstruct(vae, x):
+    """[B,3,H,W] in [-1,1] -> what the decoder makes of the posterior's mean, and PSNR in dB, mean over the
+    images."""
+    y = vae.decode(vae.encode(x).mean).clamp(-1, 1)
     return y, psnr((y + 1) / 2, (x + 1) / 2).mean().item()
 
 
 @torch.no_grad()
-def picture(stage1, losses, x, path):
-    """A PNG: originals, reconstructions, and in DINOv2's three-colour PCA the aligned latents above DINOv2's own features
-    (none where patches are not aligned)."""
-    rows = [V.to_uint8(x), V.to_uint8(reconstruct(stage1, x)[0])]
-    if stage1.align is not None and losses.wanted["patch"]:
-        ours, theirs = stage1.align(stage1.vae.encode(x).mean)[0], losses.targets(x)[0]
-        basis = V.pca(theirs)[1]
-        for tokens in (ours, theirs):
-            colours = V.pca(tokens, basis)[0].transpose(1, 2).unflatten(2, (losses.grid, losses.grid))    # [B, 3, h, w]
-            rows.append(V.to_uint8(2 * F.interpolate(colours, x.shape[-2:]) - 1))
-    with V.atomic(path) as f:
-        V.grid(torch.cat(rows), columns=len(x)).save(f, "PNG")
+def picture(stage1, x, theirs, path):
+    """A PNG: originals, reconstructions, and in the three-color PCA of the teacher's patch features `theirs`
+    [B,hw,D] the aligned latents above those features (neither where patches are not aligned)."""
+    rows = [to_uint8(x), to_uint8(reconstruct(stage1.vae, x)[0])]
+    if theirs is not None:
+        mean = stage1.vae.encode(x).mean                                                # [B, C, h, w]
+        basis = pca(theirs)[1]
+        for tokens in (stage1.align(mean)[0], theirs):
+            colors = pca(tokens, basis)[0].transpose(1, 2).unflatten(2, mean.shape[2:])     # [B, 3, h, w]
+            rows.append(to_uint8(2 * F.interpolate(colors, x.shape[-2:]) - 1))
+    save_picture(torch.cat(rows), path, columns=len(x))
 
 
 @torch.no_grad()
-def latent_statistics(stage1, losses, images, args, run, bad, n=10000):
-    """Statistics of sampled raw latents of n images drawn by the seed (Table 10); unreadable files' indices go into bad."""
-    chosen = V.rng(args.seed, "subset").permutation(len(images))[:n][run.rank::run.world]
-    bar = run.bar(len(chosen), "latent statistics")
+def latent_statistics(vae, images, seed, device, dtype, n=10000):
+    """Statistics of sampled raw latents of n images drawn by the seed (Table 10)."""
+    chosen = rng(seed, "subset").permutation(len(images))[:n][rank()::world()]
+    bar = progress(len(chosen), "latent statistics")
 
     def latents():
-        for at in range(0, len(chosen), 32):
-            part = [int(i) for i in chosen[at:at + 32]]
-            found = [images.near(i) for i in part]
-            bad.extend(i for *_, unread in found for i in unread)
-            x = torch.stack([image for image, *_ in found])
-            posterior = stage1.vae.encode(V.from_uint8(x).to(losses.device, losses.dtype))
-            noise = torch.stack([V.normal(posterior.mean.shape[1:], args.seed, "sample", i) for i in part])
+        for part in torch.from_numpy(chosen).split(32):
+            x = torch.stack([images.first_readable(i)[0] for i in part.tolist()])
+            posterior = vae.encode(from_uint8(x).to(device, dtype))
+            noise = torch.stack([normal(posterior.mean.shape[1:], seed, "sample", i) for i in part.tolist()])
             bar.update(len(part))
             yield posterior.sample(noise.to(posterior.mean))
-    return V.statistics(latents(), run)
+    return statistics(latents())
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-
-
-def build(args, run):
-    """The networks of a run: VAE, alignment heads, DINOv2, LPIPS, discriminator (None where their weight is 0)."""
-    torch.manual_seed(int(V.rng(args.seed, "init").integers(2**31)))
-    with run.first():  # all weight files are found (or downloaded) before anything long begins
-        net = V.VAE(args.ch, args.mult, args.blocks, args.z_channels) if args.init == "none" else V.VAE.load(args.init)
-        dino = DINOv2.load(args.dino) if args.align else None
-        lpips = LPIPS.load(args.vgg, args.lpips) if args.perceptual else None
-    if args.size % net.f:
-        raise ValueError(f"--size {args.size} is not a multiple of {net.f}, this VAE's downsampling factor")
-    align = V.Align(net.z_channels, dino.dim, args.align_layers, args.align_hidden) if args.align else None
-    disc = PatchGAN() if args.gan else None
-    dtype = torch.float64 if args.dtype == "fp64" else torch.float32
-    for m in (dino, lpips):
-        if m is not None:
-            m.to(run.device, dtype).eval().requires_grad_(False)
-    stage1 = Stage1(net, align, args.train == "align").to(run.device, dtype).to(memory_format=torch.channels_last)
-    return stage1, dino, lpips, None if disc is None else disc.to(run.device, dtype)
-
-
-def resume(args, run, stage1, disc, optimizers, images):
-    """The step to go on from, and the unreadable files met before it; weights and optimisers are filled from --out/ckpt.pt if
-    it is there."""
-    ckpt = V.checkpoint_of(run, args.out, vars(args), {"data": images.fingerprint})
-    if ckpt is None:
-        return 0, []
-    stage1.load_state_dict(ckpt["model"])
-    if disc is not None:
-        disc.load_state_dict(ckpt["disc"])
-    for optimizer, state in zip(optimizers, ckpt["optimizers"]):
-        optimizer.load_state_dict(state)
-    return ckpt["step"], ckpt["bad"]
-
-
-def checkpoint(args, run, step, stage1, disc, optimizers, images, bad):
-    """ckpt.pt, from which the run goes on; bad: indices of the images that this process could not read."""
-    bad = sorted({i for part in run.all(bad) for i in part})
-    if run.main:
-        V.save({"step": step, "settings": vars(args), "data": images.fingerprint, "classes": images.classes, "bad": bad,
-                "model": stage1.state_dict(), "disc": None if disc is None else disc.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers]}, Path(args.out) / "ckpt.pt")
-    run.barrier()
-
-
-def train_step(args, step, batches, model, disc, losses, optimizers):
-    """One update from this process's micro-batches -> {name: scalar tensor}, indices of unreadable files."""
-    weights = dict(gan=args.gan if step >= args.gan_start else 0.0, perceptual=args.perceptual, kl=args.kl, align=args.align)
-    seen, bad = {}, []
-    for micro in range(args.accumulate):
-        x, noise, unread = next(batches)
-        x = V.from_uint8(x.to(losses.device, non_blocking=True)).to(losses.dtype)
-        noise = noise.to(losses.device, losses.dtype, non_blocking=True)
-        for net in (model, disc):
-            if isinstance(net, DDP):  # gradients travel once, with the last micro-batch
-                net.require_backward_grad_sync = micro == args.accumulate - 1
-        terms, recon, posterior = losses(model, x, noise)
-        loss = total_loss(terms, **weights)
-        (loss / args.accumulate).backward()
-        if disc is not None:
-            real, fake = disc(x), disc(recon.detach())
-            terms["disc"] = hinge(real, fake)
-            (terms["disc"] / args.accumulate).backward()
-            terms |= {"real": real.mean(), "fake": fake.mean()}
-        z = posterior.sample(noise).detach()
-        terms |= {"loss": loss, "z mean": z.mean(), "z std": z.std(), "posterior std": posterior.std.mean()}
-        for k, v in terms.items():
-            seen[k] = seen.get(k, 0) + v.detach() / args.accumulate
-        bad += unread
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = V.learning_rate(args, step)
-    seen |= zip(("grad norm", "disc grad norm"), V.update(list(zip(optimizers, (model, disc))), args.clip, step))
-    return seen, bad
-
-
-def finish(args, run, stage1, losses, images, bad):
+def finish(args, stage1, teacher, images, device, dtype):
     """The folder that stage 2, metrics and other people need, and what to run next."""
-    stats = latent_statistics(stage1, losses, images, args, run, bad)
-    info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats, "features": args.features,
-            "kl": None if stage1.frozen else args.kl,
-            "align": None if stage1.align is None else stage1.align.config,
-            "dino": args.dino if args.align else None, "dino_sha256": V.fingerprint(losses.dino) if args.align and run.main else None}
-    if run.main:
-        stage1.vae.save(Path(args.out) / "vae", stage1.align, info)
-    run.barrier()
-    left_out = sorted({i for part in run.all(bad) for i in part})
-    if left_out:
-        run.print(f"{len(left_out)} unreadable files were left out: " + ", ".join(images.paths[i] for i in left_out))
-    run.print(f"latents: mean {stats['mean']:.4f}  std {stats['std']:.4f}  min {stats['min']:.3f}  max {stats['max']:.3f}\n"
-              f"wrote {args.out}/vae; next:\n"
-              f"  python fid.py --vae {args.out} --data {args.val} --size {args.size}      # Tables 2, 8 and 10\n"
-              f"  torchrun train_sit.py --vae {args.out} --data {args.data} --size {args.size}")
+    stats = latent_statistics(stage1.vae, images, args.seed, device, dtype)
+    if rank() == 0:
+        stage1.vae.save(Path(args.out, "vae"), stage1.align, {
+            "steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats,
+            "features": args.features, "kl": None if stage1.frozen else args.kl,
+            "dino": args.dino if args.align else None,
+            "dino_sha256": fingerprint(teacher) if args.align else None})
+    numbers = "  ".join(f"{k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max"))
+    print0(f"latents: {numbers}\nwrote {args.out}/vae; next:\n"
+           f"  python fid.py --vae {args.out} --data {args.val} --size {args.size}   # Tables 2, 8 and 10\n"
+           f"  torchrun train_sit.py --vae {args.out} --data {args.data} --size {args.size}")
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def learning_rate(step, args):
+    """--lr after linear --warmup; with --schedule cosine down to 0 at --steps."""
+    scale = min(1, (step + 1) / args.warmup) if args.warmup else 1
+    if args.schedule == "cosine":
+        scale *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    return args.lr * scale
+
+
+NOT_FINITE = ("the gradient is not finite; the weights were left as they were. The last checkpoint is whole; "
+              "the same command with --clip 1 or --dtype fp32 may get past it")
 
 
 def main():
-    args, run = flags(), V.Run()
-    V.settle(args, run)
-    images, val = V.Images(args.data, args.size), V.Images(args.val, args.size)
+    args, device = flags(), start()
+    dtype = torch.float64 if args.dtype == "fp64" else torch.float32        # of weights and losses
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+    accumulation = accumulation_steps(args)
+
+    images, val = Images(args.data, args.size), Images(args.val, args.size)
     args.steps = args.steps or args.epochs * (len(images) // args.batch)
     if args.steps < 1:
-        raise ValueError(f"--data {args.data}: {len(images)} images are less than one --batch {args.batch}")
-    stage1, dino, lpips, disc = build(args, run)
-    run.lock(args.out)
-
-    fused = run.device.type == "cuda"
+        raise UserError(f"--data {args.data}: {len(images)} images are less than one --batch {args.batch}")
+    stage1, teacher, lpips, disc = build(args, device, dtype)
+    side, adamw = args.size // stage1.vae.f, functools.partial(torch.optim.AdamW, fused=device.type == "cuda")
     trained = [p for p in stage1.parameters() if p.requires_grad]
-    optimizers = [torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=fused)]
+    optimizers = [adamw(trained, args.lr, args.betas, weight_decay=args.weight_decay)]
+    parts = {"model": stage1, "optimizer": optimizers[0]}                   # what a checkpoint keeps
     if disc is not None:
-        optimizers.append(torch.optim.AdamW(disc.parameters(), args.lr, (0.5, 0.9), weight_decay=0, fused=fused))
-    start, bad = resume(args, run, stage1, disc, optimizers, images)
-    if start == args.steps and (Path(args.out) / "vae" / "reals.json").is_file():
-        return run.print(f"{args.out} is finished")
+        optimizers.append(adamw(disc.parameters(), args.lr, (0.5, 0.9), weight_decay=0))
+        parts |= {"disc": disc, "disc optimizer": optimizers[1]}
 
-    losses = Losses(args, run, dino, lpips, disc, args.size // stage1.vae.f)
-    if args.compile:
-        for net in filter(None, (stage1, dino, lpips, disc)):
-            net.compile(dynamic=False)                    # shapes are few and fixed
-    model, critic = run.parallel(stage1), run.parallel(disc)
-    shape = (stage1.vae.z_channels, losses.grid, losses.grid)
-    batches = V.loader(Draws(images, shape, args), run, args, start)
-    watched = V.rng(args.seed, "subset", 1).permutation(len(val))[:8]
-    watched = V.from_uint8(torch.stack([val.near(int(i))[0] for i in watched])).to(run.device, losses.dtype)
+    may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
+    start_step, ckpt = 0, last_checkpoint(args, flags, {"data": images.fingerprint}, may_change)
+    if ckpt is not None:
+        start_step = ckpt["step"]
+        for name, part in parts.items():
+            part.load_state_dict(ckpt[name])
+    if start_step == args.steps and Path(args.out, "vae", "reals.json").is_file():
+        return print0(f"{args.out} is finished")
 
-    run.print(f"{len(images):,} images, {sum(p.numel() for p in trained):,} parameters, {args.steps:,} steps of {args.batch}, "
-              f"{run.world} process(es), {args.dtype} on {run.device.type}")
-    run.catch_stop()
-    bar, log = run.bar(args.steps * args.batch, "stage 1", initial=start * args.batch), V.Log(run, args, start)
-    for step in range(start, args.steps):
-        seen, unread = train_step(args, step, batches, model, critic, losses, optimizers)
-        log.add(seen)
-        bad += unread
-        bar.update(args.batch)
-        done, stop = step + 1, run.stopping()
-        if done % args.log_every == 0 or done == args.steps:
-            log.line(done, lr=V.learning_rate(args, step), PSNR=reconstruct(stage1, watched)[1])
-        if run.main and (done % args.picture_every == 0 or done == args.steps):
-            picture(stage1, losses, watched, Path(args.out) / "pictures" / f"{done:07d}.png")
-        if done % args.save_every == 0 or done == args.steps or stop:
-            checkpoint(args, run, done, stage1, disc, optimizers, images, bad)
-        if stop:
-            run.leave(done)
-    bar.close()
-    run.heed_stop()
-    finish(args, run, stage1, losses, images, bad)
+    model = DDP(stage1) if world() > 1 else stage1
+    disc_model = DDP(disc) if disc is not None and world() > 1 else disc
+    nets = [net for net in (model, disc_model) if net is not None]
+    batches = loader(Draws(images, (stage1.vae.z_channels, side, side), args), args, start_step)
+    watched = rng(args.seed, "subset", 1).permutation(len(val))[:8].tolist()
+    watched = from_uint8(torch.stack([val.first_readable(i)[0] for i in watched])).to(device, dtype)
+    theirs = None
+    if args.features in ("both", "patch"):
+        with torch.no_grad(), autocast():
+            theirs = teacher.targets(watched, side)[0].to(dtype)
+    print0(f"{len(images):,} images, {sum(p.numel() for p in trained):,} parameters, {args.steps:,} steps of "
+           f"{args.batch}, {world()} process(es), {args.dtype} on {device.type}")
+
+    with lock(args.out), Stop() as stop:
+        log = Log(args, start_step)
+        bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
+        for step in range(start_step, args.steps):
+            for k in range(accumulation):
+                x, noise = (v.to(device, non_blocking=True) for v in next(batches))
+                x, noise = from_uint8(x).to(dtype), noise.to(dtype)         # [B,3,H,W] in [-1,1], [B,C,h,w]
+                for net in nets:
+                    net.require_backward_grad_sync = k == accumulation - 1  # DDP sums gradients once a step
+                with autocast():
+                    posterior, z, recon, patch, cls = model(x, noise)
+                pixel, latent = {}, {}                                      # name: (weight, raw value)
+                if recon is not None:
+                    recon = recon.to(dtype)
+                    pixel["mse"] = 1.0, F.mse_loss(recon, x)
+                    latent["kl"] = args.kl, posterior.kl().mean()
+                if lpips is not None:
+                    pixel["lpips"] = args.perceptual, lpips(recon, x).mean()
+                if disc is not None:
+                    disc.requires_grad_(False)                              # it does not learn here
+                    pixel["gan"] = args.gan if step >= args.gan_start else 0.0, -disc(recon).mean()
+                    disc.requires_grad_(True)
+                if teacher is not None:
+                    with torch.no_grad(), autocast():
+                        targets = teacher.targets(x, side)                  # patch [B,hw,D], cls [B,D]
+                    for name, ours, target in zip(("patch", "cls"), (patch, cls), targets):
+                        if ours is not None:                                # None: not in --features
+                            latent[name] = args.align, align_loss(ours.to(dtype), target.to(dtype))
+                loss_pixel = weighted(pixel)                                # Eq. 3
+                loss_latent = weighted(latent)                              # Eq. 4
+                loss = loss_pixel + loss_latent                             # Eq. 5, with these weights Eq. 6
+                raw = {name: value for name, (_, value) in (pixel | latent).items()}
+                log.add({"loss": loss, **raw}, accumulation)
+                spread = {"z mean": z.mean(), "z std": z.std(), "posterior std": posterior.std.mean()}
+                log.add(spread, accumulation)
+                (loss / accumulation).backward()
+                if disc is not None:
+                    real, fake = disc_model(x), disc_model(recon.detach())
+                    disc_loss = hinge(real, fake)
+                    log.add({"disc": disc_loss, "real": real.mean(), "fake": fake.mean()}, accumulation)
+                    (disc_loss / accumulation).backward()
+
+            norms = [nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf) for net in nets]
+            if not torch.stack(norms).isfinite().all():                     # equal on all ranks
+                raise UserError(f"step {step}: {NOT_FINITE}")
+            lr = learning_rate(step, args)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(dict(zip(("grad norm", "disc grad norm"), norms)))
+
+            done, stopping = step + 1, stop.asked()
+            bar.update(args.batch)
+            if done % args.log_every == 0 or done == args.steps:
+                log.line(done, {"lr": lr, "PSNR": reconstruct(stage1.vae, watched)[1]})
+            if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
+                picture(stage1, watched, theirs, f"{args.out}/pictures/{done:07d}.png")
+            if done % args.save_every == 0 or done == args.steps or stopping:
+                save_checkpoint(args, done, parts, {"data": images.fingerprint, "classes": images.classes})
+            if stopping:
+                stop.leave(stopping, done)
+        bar.close()
+        stop.restore()
+        finish(args, stage1, teacher, images, device, dtype)
 
 
 if __name__ == "__main__":
-    V.main(main)
+    run_script(main)
