@@ -1,15 +1,17 @@
 """The whole paper in the small: pictures, teacher, VAE with alignment, SiT, samples and scores, on a laptop.
 
-    python tests/demo.py                                  # ten shapes drawn by code, 32 px: about nine minutes on two CPU cores
-    python tests/demo.py --compare                        # and the plain arm: same start, same steps, no alignment
-    python tests/demo.py --data imagenette/train --size 64   # the same path on a labelled folder of photographs
+    python tests/demo.py                # ten shapes drawn by code, 32 px: about nine minutes on two CPU cores
+    python tests/demo.py --compare      # and the plain arm: same start, same steps, no alignment
+    python tests/demo.py --data imagenette/train --size 64   # the same on a labeled folder of photographs
 
-It calls the four scripts with plain flags and prints each command, so that any can be repeated with one flag changed.
-Everything lies under --out. Stopped and started again, it goes on: finished stages stay, a half-trained VAE or SiT resumes at its
-last checkpoint; teacher and judge, which take seconds to minutes, start anew.
+It calls the four scripts with plain flags and prints each command, so that any can be repeated with one flag
+changed. Everything lies under --out. Stopped and started again, it goes on: finished stages stay, a
+half-trained VAE or SiT resumes at its last checkpoint; teacher and judge, which take seconds to minutes,
+begin again.
 """
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,18 +22,35 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import fid
 import nets
 import shapes
-import vae as V
-from dino import DINOv2
 
-# How much of everything; vae, tune and sit are flags of train_vae.py (from nothing, then fine-tuning) and train_sit.py.
+import fid
+from dino import DINOv2, pca
+from vae import (
+    VAE,
+    Align,
+    Images,
+    UserError,
+    atomic,
+    fitted,
+    from_uint8,
+    grid,
+    normal,
+    progress,
+    read_json,
+    rng,
+    run_script,
+    save,
+    to_uint8,
+)
+
+# How much of everything. vae, tune and sit are flags of train_vae.py (from nothing, then fine-tuning) and of
+# train_sit.py.
 SHAPES = dict(
     train=12000, test=5000, samples=1000, steps=30, judge=200, teacher=400,
     vae="--steps 1000 --batch 16 --lr 3e-3 --warmup 100",
@@ -47,25 +66,31 @@ QUICK = dict(
     vae="--steps 20 --batch 16 --lr 2e-3", tune="--steps 20 --batch 16 --lr 1e-3",
     sit="--steps 60 --batch 32 --lr 1.5e-3 --ema 0.95")
 
-SMALL_VAE = "--ch 16 --mult 1 2 4 --blocks 1"                        # f = 4: 32 px become 8 x 8 latents, as the teacher's patches
-LOSSES = "--gan 0 --perceptual 0 --kl 2e-6 --clip 1"                 # no VGG here, and no time for a discriminator
+SMALL_VAE = "--ch 16 --mult 1 2 4 --blocks 1"           # f = 4: as many latents as the teacher has patches
+LOSSES = "--gan 0 --perceptual 0 --kl 2e-6 --clip 1"    # no VGG here, and no time for a discriminator
 EVERY = "--log-every 200 --save-every 500 --picture-every 1000"
 ALIGN = "--align 0.1 --align-hidden 256"
+STAGE2 = "--model T --norm std --std 1 --schedule cosine"
 
 
 def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, help="a folder of photographs, one subfolder per class, instead of the shapes")
-    p.add_argument("--val", type=Path, help="photographs to score against; default: the folder val beside --data")
+    p.add_argument("--data", type=Path,
+                   help="a folder of photographs, one subfolder per class, instead of the shapes")
+    p.add_argument("--val", type=Path,
+                   help="photographs to score against; default: the folder val beside --data")
     p.add_argument("--size", type=int, default=32, help="side of the pictures in pixels, a multiple of 8")
-    p.add_argument("--compare", action="store_true", help="add the plain arm, and let a random network judge both as well")
-    p.add_argument("--quick", action="store_true", help="every stage in seconds, to see that the path is whole; scores mean nothing")
-    p.add_argument("--out", type=Path, help="default: out/demo, with --data out/demo-photographs, each with -quick added for --quick")
+    p.add_argument("--compare", action="store_true",
+                   help="add the plain arm, and let a random network judge both as well")
+    p.add_argument("--quick", action="store_true",
+                   help="every stage in seconds, to see that the path is whole; scores mean nothing")
+    p.add_argument("--out", type=Path, help="default: out/demo, with --data out/demo-photographs, each with "
+                   "-quick added for --quick")
     args = p.parse_args()
     if args.size < 8 or args.size % 8:
-        raise ValueError(f"--size {args.size} is not a multiple of 8")
+        raise UserError(f"--size {args.size} is not a multiple of 8")
     if args.val and not args.data:
-        raise ValueError(f"--val {args.val} goes with --data")
+        raise UserError(f"--val {args.val} goes with --data")
     args.out = args.out or Path("out/demo" + "-photographs" * bool(args.data) + "-quick" * args.quick)
     args.preset = QUICK if args.quick else PHOTOGRAPHS if args.data else SHAPES
     args.val = args.val or (args.data and args.data.parent / "val")
@@ -77,7 +102,8 @@ def title(text):
 
 
 def run(script, *parts):
-    """Prints a command and runs it as it was printed, in another process -> the command. A part is a path, or words."""
+    """Prints a command and runs it as it was printed, in another process -> the command. A part is a path, or
+    words."""
     words = [w for part in parts for w in ([str(part)] if isinstance(part, Path) else shlex.split(part))]
     script = os.path.relpath(ROOT / script)
     command = shlex.join(["python", script, *words])
@@ -93,26 +119,29 @@ def run(script, *parts):
     return command
 
 
-# -------------------------------------------------------------------------------------------- pictures, teacher, judge
+# ------------------------------------------------------------------------------- pictures, teacher and judge
 
 
 def pictures(args):
-    """data/train and data/val under --out: PNGs in class folders, drawn by code, or photographs made small once. What is wrong
-    with --data, --val or --out is said before anything is made."""
+    """data/train and data/val under --out: PNGs in class folders, drawn by code, or photographs made small
+    once. What is wrong with --data, --val or --out is said before anything is made."""
     todo = []
-    for split, seed, source, number in (("train", 1, args.data, args.preset["train"]), ("val", 2, args.val, args.preset["test"])):
+    for split, seed, source, number in (("train", 1, args.data, args.preset["train"]),
+                                        ("val", 2, args.val, args.preset["test"])):
         folder = args.out / "data" / split
-        made_of = {"source": str(source.resolve()) if source else "shapes", "size": args.size, "number": number or "all"}
+        origin = {"source": str(source.resolve()) if source else "shapes", "size": args.size,
+                  "number": number or "all"}
         if not folder.is_dir():
-            todo.append((folder, seed, source, number, made_of))
+            todo.append((folder, seed, source, number, origin))
             continue
-        there = V.read_json(folder.with_suffix(".json"), made_of)
-        for key, value in made_of.items():
+        there = read_json(folder.with_suffix(".json"), origin)
+        for key, value in origin.items():
             if there.get(key) != value:
-                raise ValueError(f"{folder} was made with {key} {there.get(key)}, not {value}: --out names another folder")
+                raise UserError(f"{folder} was made with {key} {there.get(key)}, not {value}: --out names "
+                                "another folder")
     images = photographs(args) if args.data and todo else {}
-    for folder, seed, source, number, made_of in todo:
-        V.save_json(folder.with_suffix(".json"), made_of)
+    for folder, seed, source, number, origin in todo:
+        save(origin, folder.with_suffix(".json"))
         if source:
             shrink(images[source], folder, number)
         else:
@@ -121,13 +150,15 @@ def pictures(args):
 
 def photographs(args):
     """{--data: its pictures, --val: its pictures}, in the same class folders."""
-    images = {source: V.Images(source, args.size) for source in (args.data, args.val)}
+    images = {source: Images(source, args.size) for source in (args.data, args.val)}
     for source, held in images.items():
         if len(held.classes) < 2:
-            raise ValueError(f"{source}: expected one folder of images per class, and two classes at least"
-                             + (f"; {held.stray[0]} lies in none" if held.stray else ""))
+            stray = f"; {held.stray[0]} lies in none" if held.stray else ""
+            raise UserError(f"{source}: expected one folder of images per class, and two classes at least"
+                            f"{stray}")
         if held.classes != images[args.data].classes:
-            raise ValueError(f"{source}: its class folders are not those of {args.data}; --val names another folder")
+            raise UserError(f"{source}: its class folders are not those of {args.data}; --val names another "
+                            "folder")
     return images
 
 
@@ -135,32 +166,39 @@ def shrink(images, folder, number):
     """A center-cropped copy of (a number of) photographs, in a folder that gets its name when it is whole."""
     part, unread = folder.with_name(f"{folder.name}.part"), []
     shutil.rmtree(part, ignore_errors=True)
-    for i in tqdm(fid.stratified(images.labels, 0)[:number], f"{images.root} at {images.size} px", unit="img",
-                  mininterval=0.2 if sys.stderr.isatty() else 20):
+    chosen = fid.stratified(images.labels, 0)[:number]
+    bar = progress(len(chosen), f"{images.root} at {images.size} px")
+    for i in chosen:
+        bar.update()
         try:
             image = images[int(i)][0]
-        except ValueError:      # the picture after it may be of another class
+        except UserError:       # left out: the picture after it may be of another class
             unread.append(images.paths[i])
             continue
         path = part / Path(images.paths[i]).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
+    bar.close()
     if unread:
         print(f"{len(unread)} unreadable files were left out: " + ", ".join(sorted(unread)))
     part.rename(folder)
 
 
 def in_memory(folder, size, number=None):
-    """(The first so many of) a picture folder, shuffled: uint8 [N,3,S,S], labels [N], masks [N,S,S] (None for photographs)."""
-    data = V.Images(folder, size)
-    order = V.rng(0, "order", 0).permutation(len(data))[:number]
-    masks = np.load(folder / "masks.npz")["masks"][order] if (folder / "masks.npz").is_file() else None
-    images = torch.stack([data[int(i)][0] for i in order])
-    return images, torch.from_numpy(data.labels[order]), None if masks is None else torch.from_numpy(masks)
+    """(The first so many of) a picture folder, shuffled: uint8 [N,3,S,S], labels [N], masks [N,S,S] (None for
+    photographs)."""
+    data = Images(folder, size)
+    order = rng(0, "order", 0).permutation(len(data))[:number]
+    images, labels = torch.stack([data[int(i)][0] for i in order]), torch.from_numpy(data.labels[order])
+    if not (folder / "masks.npz").is_file():
+        return images, labels, None
+    with np.load(folder / "masks.npz") as held:
+        return images, labels, torch.from_numpy(held["masks"][order])
 
 
 def teacher_and_judge(args):
-    """teacher.pth in Meta's layout, which is all that train_vae.py hears of it, and judge.pth, which it never hears of."""
+    """teacher.pth in Meta's layout, which is all that train_vae.py hears of it, and judge.pth, which it never
+    hears of."""
     missing = [name for name in ("teacher", "judge") if not (args.out / f"{name}.pth").is_file()]
     if not missing:
         return
@@ -172,20 +210,25 @@ def teacher_and_judge(args):
         nets.train_judge(images, labels, args.preset["judge"], args.out / "judge.pth", test)
 
 
-# ---------------------------------------------------------------------------------------------------- one arm of the demo
+# ---------------------------------------------------------------------------------------- one arm of the demo
 
 
 def arm(args, name, align):
-    """Fine-tune the common start with or without alignment, train a SiT on its latents, paint, and score -> {what: the command
-    that made it}."""
+    """Fine-tunes the common start with or without alignment, trains a SiT on its latents, samples, and scores
+    -> {what: the command that made it}."""
     data, out, preset, commands = args.out / "data", args.out, args.preset, {}
-    vae, sit, results, size = out / f"vae-{name}", out / f"sit-{name}", out / f"results-{name}.json", f"--size {args.size}"
+    vae, sit, results = out / f"vae-{name}", out / f"sit-{name}", out / f"results-{name}.json"
+    size, train, val = f"--size {args.size}", data / "train", data / "val"
+
     title(f"{name}: the VAE is fine-tuned {'with' if align else 'without'} alignment")
-    run("train_vae.py", "--data", data / "train", "--val", data / "val", size, "--init", out / "vae-start",
-        *(("--dino", out / "teacher.pth", ALIGN) if align else ("--features none",)), LOSSES, preset["tune"], EVERY, "--out", vae)
+    aligned = ("--dino", out / "teacher.pth", ALIGN) if align else ("--features none",)
+    run("train_vae.py", "--data", train, "--val", val, size, "--init", out / "vae-start", *aligned, LOSSES,
+        preset["tune"], EVERY, "--out", vae)
+
     title(f"{name}: a SiT on its latents")
-    run("train_sit.py", "--data", data / "train", size, "--vae", vae, "--cache", out / f"latents-{name}", "--model T",
-        "--norm std --std 1 --schedule cosine", preset["sit"], EVERY, "--out", sit)
+    run("train_sit.py", "--data", train, size, "--vae", vae, "--cache", out / f"latents-{name}", STAGE2,
+        preset["sit"], EVERY, "--out", sit)
+
     title(f"{name}: samples and scores")
     samples = []
     for cfg in (1, 2):
@@ -196,127 +239,171 @@ def arm(args, name, align):
         samples.append(folder / "samples.npz")
     anchors(args, vae, out / f"anchors-{name}")
     samples += [out / f"anchors-{name}/{kind}.npz" for kind in ("reconstructions", "noise")]
-    n = min(preset["samples"], len(V.Images(data / "val", args.size)))
-    commands["vae"] = run("fid.py", "--vae", vae, "--data", data / "val", size, "--inception none --vgg none --probe",
+    n = min(preset["samples"], len(Images(val, args.size)))
+    commands["vae"] = run("fid.py", "--vae", vae, "--data", val, size, "--inception none --vgg none --probe",
                           f"--num {n}", "--out", results)
     for judge in ("judge", "random") if args.compare else ("judge",):
-        commands[judge] = run("tests/nets.py", *samples, "--judge", out / "judge.pth" if judge == "judge" else "random",
-                              "--ref", data / "val", size, "--out", results)
+        which = out / "judge.pth" if judge == "judge" else "random"
+        commands[judge] = run("tests/nets.py", *samples, "--judge", which, "--ref", val, size,
+                              "--out", results)
     return commands
 
 
 @torch.no_grad()
 def anchors(args, vae, folder):
-    """Between what two values a Frechet distance of samples lies, at the same number of pictures: reconstructions of training
-    pictures, and decoded noise that has the latents' mean and standard deviation."""
+    """What a Frechet distance of samples lies between, at the same number of pictures: reconstructions of
+    training pictures, and decoded noise that has the latents' mean and standard deviation."""
     if (folder / "noise.npz").is_file():
         return
-    model, data = V.VAE.load(vae), V.Images(args.out / "data/train", args.size)
-    chosen = V.rng(0, "subset").permutation(len(data))[:args.preset["samples"]].tolist()
+    model, data = VAE.load(vae), Images(args.out / "data/train", args.size)
+    chosen = rng(0, "subset").permutation(len(data))[:args.preset["samples"]].tolist()
     stats, made = model.info["latents"], {"reconstructions": [], "noise": []}
     for at in range(0, len(chosen), 50):
         part = chosen[at:at + 50]
-        z = model.encode(V.from_uint8(torch.stack([data[i][0] for i in part]))).mean
-        noise = stats["mean"] + stats["std"] * torch.stack([V.normal(z.shape[1:], 0, "sample", i) for i in part])
-        for kind, latent in (("reconstructions", z), ("noise", noise)):
-            made[kind].append(V.to_uint8(model.decode(latent)).permute(0, 2, 3, 1).numpy())
+        z = model.encode(from_uint8(torch.stack([data[i][0] for i in part]))).mean
+        noise = torch.stack([normal(z.shape[1:], 0, "sample", i) for i in part])
+        for kind, latent in (("reconstructions", z), ("noise", stats["mean"] + stats["std"] * noise)):
+            made[kind].append(to_uint8(model.decode(latent)).permute(0, 2, 3, 1).numpy())
     for kind, parts in made.items():
-        with V.atomic(folder / f"{kind}.npz") as f:
+        with atomic(folder / f"{kind}.npz") as f:
             np.savez(f, arr_0=np.concatenate(parts), arr_1=data.labels[chosen])
+
+
+def load_arm(args, name):
+    """An arm's VAE, and its alignment MLPs."""
+    folder = args.out / f"vae-{name}"
+    return VAE.load(folder), Align.load(folder)
+
+
+def load_samples(args, name):
+    """An arm's guided samples: uint8 [N,3,S,S], labels [N], latents [N,C,h,w]."""
+    with np.load(args.out / f"samples-{name}-cfg2/samples.npz") as held:
+        images, labels, latents = (torch.from_numpy(held[key]) for key in ("arr_0", "arr_1", "latents"))
+    return images.permute(0, 3, 1, 2), labels, latents
 
 
 @torch.no_grad()
 def masks(args, name="aligned"):
-    """Figure 4 in the small: a linear head that learned masks from the teacher's features of real pictures reads, untouched,
-    latents pushed through the align MLPs. -> {what: mean IoU of foreground and background}, bool masks of the samples [N,S,S]."""
-    out, size = args.out, args.size
-    teacher, model, align = DINOv2.load(out / "teacher.pth"), V.VAE.load(out / f"vae-{name}"), V.Align.load(out / f"vae-{name}")
+    """Figure 4 in the small: a linear head that learned masks from the teacher's features of real pictures is
+    applied, unchanged, to latents pushed through the align MLPs. -> {what: mean IoU of foreground and
+    background}, bool masks of the samples [N,S,S]."""
+    out, size, teacher = args.out, args.size, DINOv2.load(args.out / "teacher.pth")
+    model, align = load_arm(args, name)
     images, _, truth = in_memory(out / "data/train", size, 2000)
     test, _, test_truth = in_memory(out / "data/val", size, 1000)
 
     def teachers(images):
-        return torch.cat([teacher.targets(V.from_uint8(x), size // model.f)[0] for x in images.split(100)])
+        parts = (teacher.targets(from_uint8(x), size // model.f)[0] for x in images.split(100))
+        return torch.cat(list(parts))
+
     head = nets.train_mask_head(teachers(images), truth)
 
     def from_latents(z):
         return torch.cat([head(align(part)[0]) for part in z.split(100)])
-    z = torch.cat([model.encode(V.from_uint8(x)).mean for x in test.split(100)])
-    folder = out / f"samples-{name}-cfg2"
-    with np.load(folder / "samples.npz") as held:
-        painted = torch.from_numpy(held["arr_0"]).permute(0, 3, 1, 2)
-    generated = from_latents(torch.from_numpy(np.load(folder / "latents.npy")))
+
+    encoded = torch.cat([model.encode(from_uint8(x)).mean for x in test.split(100)])
+    samples, _, latents = load_samples(args, name)
+    generated = from_latents(latents)
     label, mask = nets.constant_guesses(test_truth)
     return {"teacher's features": nets.mean_iou(head(teachers(test)), test_truth),
-            "encoded latents": nets.mean_iou(from_latents(z), test_truth),
+            "encoded latents": nets.mean_iou(from_latents(encoded), test_truth),
             "one label everywhere": label, "one mask for all": mask,
-            "colour threshold": nets.mean_iou(nets.threshold_mask(test), test_truth),
-            "generated latents": nets.mean_iou(generated, nets.threshold_mask(painted))}, generated
+            "color threshold": nets.mean_iou(nets.threshold_mask(test), test_truth),
+            "generated latents": nets.mean_iou(generated, nets.threshold_mask(samples))}, generated
 
 
-# -------------------------------------------------------------------------------------------------- the table, the picture
+# ------------------------------------------------------------------------------------ the table, the picture
 
 
 def table(args, commands, found_masks):
-    """The end of the story: one row an arm, one column a number, and the commands that made them, {arm: {what: command}}."""
+    """The end of the story: a column for each arm, a line for each number, and the commands that made them,
+    {arm: {what: command}}."""
     n, out = args.preset["samples"], args.out
-    columns = {
-        "FD cfg 1": ("judge", "samples-{}-cfg1/samples.npz", "fd"), "FD cfg 2": ("judge", "samples-{}-cfg2/samples.npz", "fd"),
-        "named cfg 1": ("judge", "samples-{}-cfg1/samples.npz", "accuracy"), "named cfg 2": ("judge", "samples-{}-cfg2/samples.npz", "accuracy"),
-        "FD reconstr.": ("judge", "anchors-{}/reconstructions.npz", "fd"), "FD noise": ("judge", "anchors-{}/noise.npz", "fd"),
-        "PSNR": ("vae", "", "psnr"), "SC raw": ("vae", "", "sc_all"), "SC centred": ("vae", "", "sc_all_centred"),
+    samples, anchor = "samples-{}-cfg%d/samples.npz", "anchors-{}/%s.npz"
+    columns = {                                                     # who measured, which file, its number
+        "FD cfg 1": ("judge", samples % 1, "fd"),
+        "FD cfg 2": ("judge", samples % 2, "fd"),
+        "named cfg 1": ("judge", samples % 1, "accuracy"),
+        "named cfg 2": ("judge", samples % 2, "accuracy"),
+        "FD reconstr.": ("judge", anchor % "reconstructions", "fd"),
+        "FD noise": ("judge", anchor % "noise", "fd"),
+        "PSNR": ("vae", "", "psnr"),
+        "SC raw": ("vae", "", "sc_all"),
+        "SC centred": ("vae", "", "sc_all_centred"),
         "probe": ("vae", "", "probe_flat")}
     if args.compare:
-        columns |= {f"random {k}": ("random", file, value) for k, (_, file, value) in columns.items() if k.startswith("FD")}
-    rows = {}
-    for name in commands:
-        book = V.read_json(out / f"results-{name}.json")
-        found = {"judge": book.get("judge"), "random": book.get("random"), "vae": book.get(f"{out}/vae-{name}")}
-        rows[name] = {k: found[who]["value"].get(f"{out}/{file.format(name)}", {}).get(value) if file else found[who]["value"][value]
-                      for k, (who, file, value) in columns.items()}
-    print(f"\n{n} samples an arm against data/val. FD: Frechet distance in the judge's features (reconstructions and decoded noise give")
-    print("its scale); named: share of samples that the judge names as asked for; SC: Algorithm 1, all augmentations.\n")
+        columns |= {f"random {k}": ("random", file, value) for k, (_, file, value) in columns.items()
+                    if k.startswith("FD")}
+    rows = {name: {} for name in commands}
+    for name, row in rows.items():
+        book = read_json(out / f"results-{name}.json")
+        for k, (who, file, value) in columns.items():
+            numbers = book[f"{out}/vae-{name}" if who == "vae" else who]["value"]
+            row[k] = (numbers[f"{out}/{file.format(name)}"] if file else numbers)[value]
+    print(f"\n{n} samples an arm against data/val. FD: Frechet distance in the judge's features\n"
+          "(reconstructions and decoded noise give its scale); named: share of samples that the judge names\n"
+          "as asked for; SC: Algorithm 1, all augmentations.\n")
     for k in columns:
         print(f"{k:20}" + "".join(f"{rows[name][k]:12.3f}" for name in rows))
     print(f"{'':20}" + "".join(f"{name:>12}" for name in rows) + "\n")
     if found_masks:
-        print("mean IoU of masks by a linear head trained on the teacher's features, against the true masks (generated latents: against")
-        print("a colour threshold of the decoded picture): " + ", ".join(f"{k} {v:.3f}" for k, v in found_masks.items()) + "\n")
+        print("mean IoU of masks by a linear head trained on the teacher's features, against the true masks\n"
+              "(generated latents: against a color threshold of the decoded picture): "
+              + ", ".join(f"{k} {v:.3f}" for k, v in found_masks.items()) + "\n")
     for name in commands:
         print(f"{name}:\n" + "\n".join(f"  {what:15} {command}" for what, command in commands[name].items()))
-    V.save_json(out / "table.json", {"rows": rows, "commands": commands, "masks": found_masks})
+    save({"rows": rows, "commands": commands, "masks": found_masks}, out / "table.json")
 
 
 @torch.no_grad()
 def story(args, generated, name="aligned"):
-    """story.png: real pictures, their reconstructions, the latents' three-colour PCA, samples, and the masks that the head of
-    masks() reads from their latents; a column for each class."""
-    out, size = args.out, args.size
-    data, model, align = V.Images(out / "data/val", size), V.VAE.load(out / f"vae-{name}"), V.Align.load(out / f"vae-{name}")
-    k = min(len(data.classes), 10)
+    """story.png: real pictures, their reconstructions, the latents' three-color PCA, samples, and the masks
+    that the head of masks() reads from their latents; a column for each class, its name above it."""
+    data, (model, align) = Images(args.out / "data/val", args.size), load_arm(args, name)
+    names = [re.sub(r"^\d+_", "", c) for c in data.classes[:10]]        # of the shapes without their number
 
-    def of_each(labels, n):     # where n of each class: a row of them after the other; a class that has fewer begins again
-        return np.stack([np.resize(np.flatnonzero(labels == c), n) for c in range(k)], 1).ravel().tolist()
+    def of_each(labels, n):
+        """Where n of each class stand: one row of all classes after the other; a class that has fewer begins
+        again."""
+        places = [np.resize(np.flatnonzero(labels == c), n) for c in range(len(names))]
+        return np.stack(places, 1).ravel().tolist()
+
     real = torch.stack([data[i][0] for i in of_each(data.labels, 2)])
-    q = model.encode(V.from_uint8(real))
-    colours = V.pca(align(q.mean)[0])[0].transpose(1, 2).unflatten(2, q.mean.shape[-2:])
-    with np.load(out / f"samples-{name}-cfg2/samples.npz") as z:
-        samples, labels = torch.from_numpy(z["arr_0"]).permute(0, 3, 1, 2), z["arr_1"]
-    chosen = of_each(labels, 3)
-    drawn = samples[chosen]
-    rows = [("real", real), ("reconstructed", V.to_uint8(model.decode(q.mean))),
-            ("latents, PCA", V.to_uint8(2 * F.interpolate(colours, scale_factor=model.f) - 1)), ("samples, cfg 2", drawn)]
+    mean = model.encode(from_uint8(real)).mean                                              # [B, C, h, w]
+    colors = pca(align(mean)[0])[0].transpose(1, 2).unflatten(2, mean.shape[-2:])           # [B, 3, h, w]
+    samples, labels, _ = load_samples(args, name)
+    chosen = of_each(labels.numpy(), 3)
+    rows = {"real": real,
+            "reconstructed": to_uint8(model.decode(mean)),
+            "latents, PCA": to_uint8(2 * F.interpolate(colors, scale_factor=model.f) - 1),
+            "samples, cfg 2": samples[chosen]}
     if generated is not None:
-        rows.append(("their masks", drawn * generated[chosen][:, None]))
-    scale, left = max(1, 64 // size), 100
-    sheets = [(text, V.grid(F.interpolate(images, scale_factor=scale), columns=k, pad=3)) for text, images in rows]
-    page = Image.new("RGB", (left + sheets[0][1].width, sum(s.height + 6 for _, s in sheets)), "white")
-    pen, y = ImageDraw.Draw(page), 0
-    for text, sheet in sheets:
-        page.paste(sheet, (left, y))
-        pen.text((6, y + sheet.height // 2 - 6), text, fill="black")
-        y += sheet.height + 6
-    page.save(out / "story.png")
-    print(f"\nthe story in one picture: {out}/story.png")
+        rows["their masks"] = samples[chosen] * generated[chosen][:, None]
+    with atomic(args.out / "story.png") as f:
+        page(rows, names).save(f, "PNG")
+    print(f"\nthe story in one picture: {args.out}/story.png")
+
+
+def page(rows, names):
+    """{text: uint8 pictures [N,3,S,S]} as one picture: 64 pixels and more each, the texts left of the rows,
+    the names above the columns."""
+    side, pad, gap, left, top = next(iter(rows.values())).shape[-1], 3, 6, 106, 20
+    scale = -(-64 // side)
+    step = scale * side + pad
+    sheets = {text: grid(F.interpolate(images, scale_factor=scale), len(names), pad)
+              for text, images in rows.items()}
+    size = left + len(names) * step + pad, top + sum(s.height + gap for s in sheets.values())
+    out = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(out)
+    pen.font = ImageFont.load_default(13)
+    for k, text in enumerate(names):
+        pen.text((left + pad + k * step + step // 2, top), fitted(pen, text, step), fill="black", anchor="md")
+    y = top
+    for text, sheet in sheets.items():
+        out.paste(sheet, (left, y))
+        pen.text((6, y + sheet.height // 2), text, fill="black", anchor="lm")
+        y += sheet.height + gap
+    return out
 
 
 def main():
@@ -326,8 +413,9 @@ def main():
     title("a teacher in DINOv2's architecture, and a judge of another kind")
     teacher_and_judge(args)
     title("a plain VAE, from nothing")
-    run("train_vae.py", "--data", args.out / "data/train", "--val", args.out / "data/val", f"--size {args.size} --init none", SMALL_VAE,
-        "--features none", LOSSES, args.preset["vae"], EVERY, "--out", args.out / "vae-start")
+    run("train_vae.py", "--data", args.out / "data/train", "--val", args.out / "data/val",
+        f"--size {args.size} --init none", SMALL_VAE, "--features none", LOSSES, args.preset["vae"], EVERY,
+        "--out", args.out / "vae-start")
     names = ["aligned", "plain"] if args.compare else ["aligned"]
     commands = {name: arm(args, name, align=name == "aligned") for name in names}
     found, generated = masks(args) if (args.out / "data/val/masks.npz").is_file() else ({}, None)
@@ -337,4 +425,4 @@ def main():
 
 
 if __name__ == "__main__":
-    V.main(main)
+    run_script(main)

@@ -1,9 +1,10 @@
-"""A small picture set that needs no download: ten shapes on patterned grounds, drawn by code, each with its mask.
+"""A small picture set that needs no download: ten shapes on patterned grounds, drawn by code, with masks.
 
-Every shape is a signed distance function in its own frame (tilted, scaled, moved), covered over one pixel at its edge,
-filled with a pattern, lit from the upper left, outlined, and laid with its shadow on a two-tone ground. Colours are chosen in OKLab (Ottosson 2020), where equal numbers look equally light.
+Every shape is a signed distance function in its own frame (tilted, scaled, moved), smooth over one pixel at
+its edge, filled with a pattern, lit from the upper left, outlined, and laid with its shadow on a two-tone
+ground. Colors are chosen in OKLab (Ottosson 2020), where equal numbers look equally light.
 
-    python tests/shapes.py [--columns 20] [--size 32] [--seed 0] [--out out/shapes.png]      a contact sheet
+    python tests/shapes.py [--columns 20] [--size 32] [--seed 0] [--out out/shapes.png]   # a contact sheet
 """
 import argparse
 import shutil
@@ -12,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-NUMBERS = 40    # uniform numbers per picture, all that paint() asks for
-CHUNK = 100     # pictures painted at once: what stays in a cache
+NUMBERS = 40    # uniform numbers per picture, all that render() asks for
+CHUNK = 100     # pictures drawn at once: what stays in a cache
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # shapes: signed distances, negative inside; x goes right, y goes down, every shape lies in the unit circle
 
 
@@ -47,7 +48,8 @@ def fish(x, y):
     return np.maximum(body, -circle(x, y, 0, -.6, -.1))
 
 
-TURN = [(float(np.sin(a)), float(-np.cos(a))) for a in 2 * np.pi * np.arange(30) / 30]      # clockwise from the top
+ANGLES = 2 * np.pi * np.arange(30) / 30
+TURN = [(float(np.sin(a)), float(-np.cos(a))) for a in ANGLES]      # clockwise from the top
 TRIANGLE = [(.91 * x, .91 * y) for x, y in TURN[::10]]
 STAR = [(r * x, r * y) for r, (x, y) in zip([.93, .39] * 5, TURN[::3])]
 BOLT = [(.02, -.89), (-.6, .15), (-.12, .15), (-.3, .92), (.6, -.26), (.12, -.26), (.43, -.89)]
@@ -67,12 +69,12 @@ SHAPES = {
 }
 CLASSES = tuple(SHAPES)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# paint
+# ------------------------------------------------------------------------------------------------------------
+# patterns, colors, pictures
 
 
 def cover(distance):
-    """How much of a pixel lies inside, from the signed distance in pixels at its centre."""
+    """How much of a pixel lies inside, from the signed distance in pixels at its center."""
     return np.clip(.5 - distance, 0, 1)
 
 
@@ -80,12 +82,16 @@ def stripes(u, v, period):
     return cover((np.abs((u / period) % 1 - .5) - .25) * period)
 
 
-PATTERNS = (    # shares of a second colour, of u and v in pixels
+def dots(u, v, period):
+    return cover((np.hypot((u / period) % 1 - .5, (v / period) % 1 - .5) - .3) * period)
+
+
+PATTERNS = (    # shares of a second color, of u and v in pixels
     lambda u, v, period: 0 * u,
     stripes,
-    lambda u, v, period: np.abs(stripes(u, v, period) - stripes(v, u, period)),                         # checks
-    lambda u, v, period: cover((np.hypot((u / period) % 1 - .5, (v / period) % 1 - .5) - .3) * period),   # dots
-    lambda u, v, period: np.clip(.5 + u / (5 * period), 0, 1),                                          # a slope
+    lambda u, v, period: np.abs(stripes(u, v, period) - stripes(v, u, period)),     # checks
+    dots,
+    lambda u, v, period: np.clip(.5 + u / (5 * period), 0, 1),                      # a slope
 )
 
 
@@ -107,7 +113,7 @@ def mix(a, b, share):
     return a + (b - a) * share[:, None]
 
 
-def colour(light, chroma, hue):
+def color(light, chroma, hue):
     """OKLCh, [m,1,1] each -> sRGB [m,3,1,1] in [0,1], clipped to what a screen can show."""
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
     l, m, s = ((light + i * a + j * b) ** 3 for i, j in ((.3963, .2158), (-.1056, -.0639), (-.0895, -1.2915)))
@@ -126,17 +132,18 @@ def ground(x, y, pixel, hue, between):
     """Two tones and a slow wave of light -> [m,3,h,w]. The hue is that of the shape to stand out."""
     light, chroma = np.where(between(0, 1) < .4, between(.34, .46), between(.84, .93)), between(.03, .065)
     hue = hue + np.pi + between(-1.3, 1.3)
-    image = mix(colour(light, chroma, hue), colour(light - .08, chroma + .01, hue + between(-.3, .3)),
+    image = mix(color(light, chroma, hue), color(light - .08, chroma + .01, hue + between(-.3, .3)),
                 pattern(x, y, between(9, 16) * pixel, between))
     u, _ = turned(x, y, between(0, 2 * np.pi))
     return image * (1 + .12 * np.sin(u / (16 * pixel) + between(0, 2 * np.pi)))[:, None]
 
 
-def paint(labels, numbers, size):
-    """labels [m], numbers [m,NUMBERS] uniform in [0,1) -> images uint8 [m,size,size,3], masks bool [m,size,size]."""
-    columns = iter(numbers.T.astype(np.float32)[..., None, None])           # each [m,1,1]
-    pixel = size / 32                                                       # widths are in pixels of a 32-px picture
-    drop = max(1, round(1.5 * pixel))                                       # the shadow falls so far right and down
+def render(labels, numbers, size):
+    """labels [m], numbers [m,NUMBERS] uniform in [0,1) -> images uint8 [m,size,size,3], masks bool
+    [m,size,size]."""
+    columns = iter(numbers.T.astype(np.float32)[..., None, None])       # each [m,1,1]
+    pixel = size / 32                                                   # widths are in pixels of a 32-px one
+    drop = max(1, round(1.5 * pixel))                                   # the shadow's way right and down
 
     def between(low, high):
         return low + (high - low) * next(columns)
@@ -146,41 +153,44 @@ def paint(labels, numbers, size):
     radius = between(.72, .92) * size / 2
     x, y = (plane - between(-.9, .9) * (size / 2 - radius) for plane in (x, y))
     u, v = turned(x / radius, y / radius, between(-.25, .25))
-    distance = each(labels, SHAPES.values(), u, v) * radius                 # [m,drop+size,drop+size]
+    distance = each(labels, SHAPES.values(), u, v) * radius             # [m,drop+size,drop+size]
     shadow, distance = distance[:, :-drop, :-drop], distance[:, drop:, drop:]
-    x, y, _ = np.broadcast_arrays(x[..., drop:], y[:, drop:], distance)     # [m,size,size], from the shape's middle
+    x, y, _ = np.broadcast_arrays(x[..., drop:], y[:, drop:], distance)     # [m,size,size], from its middle
 
     hue, light, chroma = between(0, 2 * np.pi), between(.66, .8), between(.13, .17)
-    fill = mix(colour(light, chroma, hue), colour(light - .13, chroma, hue + between(-.5, .5)),
+    fill = mix(color(light, chroma, hue), color(light - .13, chroma, hue + between(-.5, .5)),
                pattern(x, y, between(7, 11) * pixel, between))              # [m,3,size,size]
     fill = fill * (1 - .22 * (x + y) / radius)[:, None]                     # light from the upper left
-    body = mix(colour(light - .4, chroma / 2, hue), fill, cover(distance + 1.25 * pixel))
+    body = mix(color(light - .4, chroma / 2, hue), fill, cover(distance + 1.25 * pixel))
     image = ground(x, y, pixel, hue, between) * (1 - .4 * cover(shadow / (3 * pixel)))[:, None]
     image = mix(image, body, cover(distance)).clip(0, 1)
     return (image * 255 + .5).astype(np.uint8).transpose(0, 2, 3, 1), distance < 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sets
 
 
 def draw(n, size=32, seed=0):
-    """images uint8 [n,size,size,3], masks bool [n,size,size], labels int64 [n]: picture i is a function of seed and i.
+    """images uint8 [n,size,size,3], masks bool [n,size,size], labels int64 [n]: picture i is a function of
+    seed and i.
 
     Every ten pictures in a row hold each class once, in an order of their own."""
-    orders, numbers = (np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, k)))) for k in range(2))
+    seeds = (np.random.SeedSequence((seed, k)) for k in range(2))
+    orders, numbers = (np.random.Generator(np.random.Philox(s)) for s in seeds)
     labels = orders.random((-(-n // 10), 10)).argsort(1).reshape(-1)[:n]
     numbers = numbers.random((n, NUMBERS))
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), bool)
     for at in range(0, n, CHUNK):
         part = slice(at, at + CHUNK)
-        images[part], masks[part] = paint(labels[part], numbers[part], size)
+        images[part], masks[part] = render(labels[part], numbers[part], size)
     return images, masks, labels
 
 
 def write(folder, n, size=32, seed=0):
-    """draw() as PNG files, folder/00_disk/000123.png for picture 123, and folder/masks.npz: `masks` [n,size,size] in
-    the order of the sorted `paths` [n]. The folder gets its name when it is whole; one that is there is left alone."""
+    """draw() as PNG files, folder/00_disk/000123.png for picture 123, and folder/masks.npz: `masks`
+    [n,size,size] in the order of the sorted `paths` [n]. The folder gets its name when it is whole; one that
+    is there is left alone."""
     folder, part = Path(folder), Path(f"{folder}.part")
     if folder.exists():
         return

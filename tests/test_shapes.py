@@ -1,11 +1,11 @@
 """The demo's pictures against geometry, and what its small networks promise to the scripts that meet them."""
+import nets
 import numpy as np
 import pytest
+import shapes
 import torch
 from PIL import Image
 
-import nets
-import shapes
 import vae
 from dino import DINOv2
 
@@ -42,7 +42,7 @@ def test_every_shape_is_a_distance_inside_the_unit_circle():
 @pytest.mark.parametrize("name, area", [("disk", np.pi * .82 ** 2), ("ring", np.pi * (.9 ** 2 - .42 ** 2)),
                                         ("square", 1.44 ** 2)])
 def test_masks_have_the_area_of_their_shape(drawn, name, area):
-    radius = (.72 ** 2 + .72 * .92 + .92 ** 2) / 3 * 16 ** 2         # the mean square of a uniform radius, in pixels
+    radius = (.72 ** 2 + .72 * .92 + .92 ** 2) / 3 * 16 ** 2    # a uniform radius's mean square, in pixels
     masks = drawn[1][drawn[2] == shapes.CLASSES.index(name)]
     assert abs(masks.sum((1, 2)).mean() / (area * radius) - 1) < .05
 
@@ -52,7 +52,7 @@ def test_the_mask_is_where_the_picture_has_its_edge(drawn):
     change = np.abs(np.diff(images.astype(float), axis=2)).sum(-1)
 
     def at_the_edge(masks):
-        """The mean change of colour from one pixel to the next where the mask begins or ends."""
+        """The mean change of color from one pixel to the next where the mask begins or ends."""
         edge = masks[:, :, 1:] != masks[:, :, :-1]
         return (change * edge).sum((1, 2)) / edge.sum((1, 2))
     there, moved, swapped = (at_the_edge(m) for m in (masks, np.roll(masks, 4, (1, 2)), np.roll(masks, 1, 0)))
@@ -60,9 +60,9 @@ def test_the_mask_is_where_the_picture_has_its_edge(drawn):
     assert there.mean() > 3 * max(moved.mean(), swapped.mean())
 
 
-def test_colours_are_oklch():
+def test_colors_are_oklch():
     def rgb(*lch):
-        return shapes.colour(*(np.full((1, 1, 1), v) for v in lch)).ravel()
+        return shapes.color(*(np.full((1, 1, 1), v) for v in lch)).ravel()
     assert np.abs(rgb(1, 0, 0) - 1).max() < 2e-3 and np.abs(rgb(.5998, 0, 0) - .5).max() < 2e-3
     assert np.abs(rgb(.62796, .25768, np.radians(29.234)) - (1, 0, 0)).max() < 5e-3     # sRGB's red
     assert np.abs(rgb(.45201, .31321, np.radians(264.05)) - (0, 0, 1)).max() < 5e-3     # and blue
@@ -74,7 +74,8 @@ def test_files_hold_the_pictures_and_the_masks_lie_in_the_order_of_listing(tmp_p
     shapes.write(tmp_path / "set", 40, 32, seed=3)
     images, masks, labels = shapes.draw(40, 32, seed=3)
     listed, stored = vae.Images(tmp_path / "set", 32), np.load(tmp_path / "set/masks.npz")
-    assert listed.paths == stored["paths"].tolist() and len(listed) == 40 and not (tmp_path / "set.part").exists()
+    assert listed.paths == stored["paths"].tolist() and len(listed) == 40
+    assert not (tmp_path / "set.part").exists()
     assert listed.classes == [f"{i:02}_{name}" for i, name in enumerate(shapes.CLASSES)]
     for k, path in enumerate(listed.paths):
         i = int(path[-10:-4])
@@ -104,7 +105,7 @@ def test_the_judges_see_bytes_and_give_features_and_probabilities(drawn, tmp_pat
     features, probs = judge(images[:50])
     assert features.shape == (50, 128) and probs.shape == (50, 10) and not features.requires_grad
     assert torch.allclose(probs.sum(1), torch.ones(50))
-    assert torch.allclose(features[:3], judge(images[:3])[0], atol=1e-5)      # a picture's do not depend on its batch
+    assert torch.allclose(features[:3], judge(images[:3])[0], atol=1e-5)    # whatever else is in the batch
     features, probs = nets.untrained(images)(images)
     spectrum = torch.linalg.svdvals(features - features.mean(0))
     assert probs is None and torch.isfinite(features).all() and (spectrum > 1e-2 * spectrum[0]).sum() > 20
