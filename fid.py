@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from scipy.linalg.blas import dsyrk
 from torch import nn
 
 from dino import DINOv2
@@ -479,26 +480,30 @@ class Moments:
     """Mean [D] and covariance [D,D] of rows [B,D] that come in batches, in float64, over all processes."""
 
     def __init__(self):
-        self.rows, self.sum, self.outer = [], 0, 0
+        self.rows, self.sum, self.outer = [], 0, None
 
     def add(self, rows):
         self.rows.append(rows.double())
-        if sum(map(len, self.rows)) >= 2048:         # a few large products are faster than many small ones
+        if sum(map(len, self.rows)) >= 1024:          # a few large products are faster than many small ones
             self.multiply()
 
     def multiply(self):
+        """Adds f^T f of the held rows f. Only its upper triangle counts, which is half the work on a CPU."""
         f = torch.cat(self.rows)
+        if self.outer is None:
+            self.outer = f.new_zeros(f.shape[1], f.shape[1])
         if f.is_cuda:
-            outer = f.T @ f
-        else:                                        # numpy sees that f^T f is symmetric and makes half of it
-            outer = torch.from_numpy(f.numpy().T @ f.numpy())
-        self.rows, self.sum, self.outer = [], self.sum + f.sum(0), self.outer + outer
+            self.outer.addmm_(f.T, f)
+        else:                                         # in place; BLAS stores by columns, hence the transposes
+            dsyrk(1, f.numpy().T, 1, self.outer.numpy().T, lower=1, overwrite_c=1)
+        self.rows, self.sum = [], self.sum + f.sum(0)
 
     def finish(self, n):
         """(mean, covariance) of the n rows of all processes."""
         if self.rows:
             self.multiply()
-        mean, outer = total(self.sum) / n, total(self.outer)
+        mean, outer = total(self.sum) / n, total(self.outer).triu()
+        outer = outer + outer.triu(1).T
         return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
 
 
