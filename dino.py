@@ -424,16 +424,16 @@ def fetch(name, url):
     file = Path(url).name.replace("model.pt", f"{name}.pt")  # which model's would not be seen in that folder
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(".lock"), "w") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_name(".lock"), "w") as lock:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():
                     torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name))
-            except Exception as e:
-                raise UserError(f"{name}: no {file}, and its download failed ({e}); get it from {url} and "
-                                f"put it into {path.parent}") from None
+        except Exception as e:
+            raise UserError(f"{name}: no {file}, and its download failed ({e}); get it from {url} and put it "
+                            f"into {path.parent}") from None
     return path
 
 

@@ -14,6 +14,7 @@ is drawn. In Python:
 """
 import argparse
 import math
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -232,7 +233,7 @@ def write_pictures(args, paint, names):
 
 def write_npz(args, file, paint, y, manifest, shapes):
     """FILE.npz, by way of one file for each batch in OUT/parts, from which a stopped run goes on -> the first
-    latents and images. shapes: of one image and of its latent."""
+    latents and images, for the first rank's --tasks. shapes: of one image and of its latent."""
     parts, begun = Path(args.out, "parts"), same_manifest(args.out, manifest, "--out")
     whole = begun and Path(file).is_file()
     if not all(everyone(whole)):
@@ -245,10 +246,14 @@ def write_npz(args, file, paint, y, manifest, shapes):
         if rank() == 0:
             join_parts(args, file, parts, y, shapes)
         barrier()
+    if rank() == 0:
+        shutil.rmtree(parts, ignore_errors=True)          # none, or what a kill left here
     print0(f"wrote {file}; next:\n  python fid.py {file} --ref VIRTUAL_imagenet256_labeled.npz")
-    with np.load(file) as held:
-        z, images = held["latents"][:SHOWN], held["arr_0"][:SHOWN] if args.tasks else None
-    return torch.from_numpy(z), None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)
+    if rank() > 0 or not args.tasks:
+        return None, None
+    with np.load(file) as arrays:
+        z, images = (torch.from_numpy(arrays[name][:SHOWN]) for name in ("latents", "arr_0"))
+    return z, images.permute(0, 3, 1, 2)
 
 
 def draw_parts(args, parts, paint):
@@ -268,7 +273,7 @@ def draw_parts(args, parts, paint):
 
 
 def join_parts(args, file, parts, y, shapes):
-    """All parts as one npz, array after array; then the parts are removed."""
+    """All parts as one npz, array after array."""
     files = sorted(parts.glob("*-*.npz"), key=lambda f: int(f.stem.split("-")[0]))
     if sum(int(b) - int(a) + 1 for a, b in (f.stem.split("-") for f in files)) != args.num:
         raise UserError(f"{parts}: not all of {args.num} images are here; do all machines share this folder?")
@@ -284,9 +289,6 @@ def join_parts(args, file, parts, y, shapes):
                         member.write(held[key].tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, y)
-    for part in files:
-        part.unlink()
-    parts.rmdir()
 
 
 def write_tasks(args, tasks, z, images, device):

@@ -264,16 +264,16 @@ def fetch(url, file):
     """The path of a public file in torch.hub's cache; downloaded first if it is not there, by one process."""
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(".lock"), "w") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_name(".lock"), "w") as lock:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():
                     torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then moved
-            except Exception as e:
-                raise UserError(f"{file} is neither in {path.parent} nor to be had from {url} ({e}): put it "
-                                "into that folder") from None
+        except Exception as e:
+            raise UserError(f"{file} is neither in {path.parent} nor to be had from {url} ({e}): put it into "
+                            "that folder") from None
     return path
 
 

@@ -347,10 +347,8 @@ def main():
     if ckpt is not None:
         start_step, saved_norm = ckpt["step"], Normalizer(**ckpt["info"]["normalizer"])
         if (saved_norm.scale, saved_norm.shift) != (norm.scale, norm.shift):
-            raise UserError(
-                f"{args.out}: was trained with {saved_norm}, now it would be {norm}: --stats or the "
-                "VAE's reals.json has changed"
-            )
+            raise UserError(f"{args.out}: was trained with {saved_norm}, now it would be {norm}: --stats or "
+                            "the VAE's reals.json has changed")
         for name, part in parts.items():
             part.load_state_dict(ckpt[name])
         del ckpt

@@ -549,13 +549,13 @@ def fetch(url, name, sha256=None, size=None):
     """The path of a public file in torch.hub's cache; downloaded first if it is not there, by one process."""
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.is_file():
-        with lock(path.parent, wait=True):
-            try:
+        try:
+            with lock(path.parent, wait=True):
                 if not path.is_file():
                     torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-            except Exception as e:
-                raise UserError(f"{name} is not in {path.parent} and could not be downloaded ({e}): get "
-                                f"{url} and put it there under that name") from None
+        except Exception as e:
+            raise UserError(f"{name} is not in {path.parent} and could not be downloaded ({e}): get {url} "
+                            "and put it there under that name") from None
     if size is not None and path.stat().st_size != size:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, not {size:,}: delete it, it is not {url}")
     return path

@@ -64,6 +64,8 @@ def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, t
     ]
     call(S, command, f"--out {tmp_path}/killed")
     assert drawn == [0, 16, 32, 32, 48]                                # what was there is not drawn again
+    (tmp_path / "killed/parts").mkdir()  # as a kill while the parts went leaves it
+    (tmp_path / "killed/parts/.000000-000015.npz.part").write_bytes(b"half")
     call(S, command, f"--out {tmp_path}/killed")
     assert len(drawn) == 5 and not (tmp_path / "killed/parts").exists()          # nor when all is there
     monkeypatch.undo()

@@ -1041,3 +1041,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
         V.run_script(lambda: {}["key"])
     said = capsys.readouterr().err
     assert e.value.code == 1 and said.startswith("Traceback") and "KeyError: 'key'" in said
+
+
+@pytest.mark.parametrize("fetch", ["vae", "sit", "dino"])
+def test_a_download_folder_that_cannot_be_made_ends_in_one_line(tmp_path, monkeypatch, fetch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/checkpoints").write_text("a file in the folder's place")
+    load, error = {
+        "vae": (lambda: V.VAE.load("sd-vae-ft-ema"), V.UserError),
+        "sit": (lambda: sit.SiT.load("DiT-XL/2"), sit.UserError),
+        "dino": (lambda: dino.DINOv2.load("vits14"), dino.UserError),
+    }[fetch]
+    with pytest.raises(error, match="checkpoints") as caught:
+        load()
+    assert "\n" not in str(caught.value)
