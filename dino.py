@@ -95,8 +95,7 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """A ViT with a class token, registers, and learned positions: a grid x grid table, resized to the image's
-    grid.
+    """A ViT with a class token, registers and learned positions, a grid x grid table resized to the image's.
 
     `offset` says how (both rules are Meta's): 0.1 as for the networks without registers, 0 (exact size,
     antialiased) as for those with them. Set it to 0 on a network without registers to get REPA's targets."""
@@ -129,8 +128,7 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def positions(self, h, w):
-        """The position embeddings [1,1+h*w,D] of an image of h x w patches, class token first; resized in
-        float32."""
+        """The position embeddings [1,1+h*w,D] of h x w patches, class token first; resized in float32."""
         G = self.grid
         if (h, w) == (G, G):
             return self.pos_embed
@@ -144,8 +142,7 @@ class DINOv2(nn.Module):
         return torch.cat([cls, table.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
 
     def tokens(self, x):
-        """All tokens [B,1+R+N,D] after the final norm: class, registers, patches row by row. x: as for
-        forward."""
+        """All tokens [B,1+R+N,D], normed: class, registers, patches row by row. x: as for forward."""
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"an image of {H}x{W} is no whole number of {self.patch}x{self.patch} patches")
@@ -159,15 +156,13 @@ class DINOv2(nn.Module):
         return self.norm(x)
 
     def forward(self, x):
-        """x: [B,3,H,W], ImageNet-normalised, sides multiples of `patch` -> patch [B,N,D], cls [B,D], both
-        normed."""
+        """x: [B,3,H,W], ImageNet-normalised, of whole patches -> patch [B,N,D], cls [B,D], both normed."""
         x = self.tokens(x)
         return x[:, 1 + self.registers:], x[:, 0]
 
     @torch.no_grad()
     def targets(self, images, grid, antialias=False):
-        """Features of images [B,3,H,W] in [-1,1] on a grid (a number or a pair) -> patch [B,h*w,D], cls
-        [B,D].
+        """Features of images [B,3,H,W] in [-1,1] on a grid (a number or a pair): patch [B,h*w,D], cls [B,D].
 
         The whole image is resized to grid * patch, so patch (i, j) lies over latent (i, j). Bicubic, by
         default without antialias, as REPA does."""
@@ -182,8 +177,6 @@ class DINOv2(nn.Module):
         come from the shapes. Raises UserError naming the file and the first wrong key."""
         state, where = read(source, BACKBONES)
         sizes = SIZES[source] if isinstance(source, str) and source in SIZES else cls.sizes(state, where)
-        if heads is None and sizes["dim"] % 64:
-            raise UserError(f"{where}: dim {sizes['dim']} is no multiple of 64: give its heads (heads=)")
         return build(lambda: cls(heads=heads, **sizes), state, where)
 
     @staticmethod
@@ -191,10 +184,10 @@ class DINOv2(nn.Module):
         dim, _, _, patch = shape(state, "patch_embed.proj.weight", 4, where)
         grid = math.isqrt(shape(state, "pos_embed", 3, where)[1] - 1)
         registers = shape(state, "register_tokens", 3, where)[1] if "register_tokens" in state else 0
-        swiglu = "blocks.0.mlp.w3.weight" in state
-        hidden = shape(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2, where)[1]
-        return dict(dim=dim, depth=count(state, "blocks."), patch=patch, registers=registers, grid=grid,
-                    ffn="swiglu" if swiglu else "mlp", hidden=hidden)
+        ffn, last = ("swiglu", "w3") if "blocks.0.mlp.w3.weight" in state else ("mlp", "fc2")
+        hidden = shape(state, f"blocks.0.mlp.{last}.weight", 2, where)[1]
+        depth = count(state, "blocks.")
+        return dict(dim=dim, depth=depth, patch=patch, registers=registers, grid=grid, ffn=ffn, hidden=hidden)
 
 
 def pair(n):
@@ -214,9 +207,8 @@ def load_teacher(source, repa=False):
 
 
 def pca(features, basis=None):
-    """The three-color PCA of patch features [B,N,D]: (colors in [0,1], [B,N,3]; the basis, to reuse on other
-    features). The first three components over all B*N vectors, each stretched from its 2nd to its 98th
-    percentile."""
+    """Patch features [B,N,D] as PCA colors [B,N,3] in [0,1], and the basis, to reuse on other features: the
+    first three components over all B*N vectors, each stretched from its 2nd to its 98th percentile."""
     flat = features.detach().float().flatten(0, 1)
     if basis is None:
         mean = flat.mean(0)
@@ -255,8 +247,7 @@ def magma(x):
 
 
 def color_depth(depth):
-    """Depth [B,H,W] -> uint8 [B,3,H,W], near bright, far dark: of 1 / depth, each image's own from its 2nd to
-    its 98th percentile."""
+    """Depth [B,H,W] -> uint8 [B,3,H,W], near bright: 1 / depth from each image's 2nd to 98th percentile."""
     near = (1 / depth).flatten(1)
     low, high = torch.quantile(near, torch.tensor([0.02, 0.98]).to(near), dim=1, keepdim=True)
     return magma(((near - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(depth.shape))
@@ -268,35 +259,32 @@ def color_depth(depth):
 VOC = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable,
 dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
 
-ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
-sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa,
-shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
-railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper,
-fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door,
-stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
-countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel,
-bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt
-track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
-fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
-tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
-bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
-ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
-flag"""
+ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
+mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box,
+column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand,
+path, stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind,
+coffee table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer,
+swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning,
+streetlight, booth, television, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman,
+bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool,
+stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
+microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
+traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass,
+clock, flag"""
 
 VOC, ADE20K = (names.replace("\n", " ").split(", ") for names in (VOC, ADE20K))
 
 
 def color(i):
-    """The RGB of class i by PASCAL VOC's rule: every third bit of i goes to red, green, blue in turn, highest
-    first."""
+    """Class i's RGB by PASCAL VOC's rule: every third bit of i to red, green, blue in turn, highest first."""
     return tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(8)) for c in range(3))
 
 
 class Segmenter(nn.Module):
     """A linear map of normed patch features to class logits, with the `names` and `colors` of its classes.
 
-    Meta trained the public heads on networks without registers: features aligned to a _reg network do not fit
-    them."""
+    Meta's heads are for networks without registers: features aligned to a _reg network do not fit them."""
 
     def __init__(self, dim=1024, classes=21):
         super().__init__()
@@ -306,8 +294,7 @@ class Segmenter(nn.Module):
         self.colors = [color(i + first) for i in range(classes)]
 
     def forward(self, patch, grid, size):
-        """patch: [B,h*w,D] on a grid (a number or a pair) -> logits [B,C,H,W] at a size (a number or a
-        pair)."""
+        """patch: [B,h*w,D] on a grid -> logits [B,C,H,W] at a size; grid, size: a number or a pair."""
         logits = self.linear(patch).transpose(1, 2).unflatten(2, pair(grid))        # [B, C, h, w]
         return F.interpolate(logits, pair(size), mode="bilinear")
 
@@ -333,8 +320,7 @@ def conv3x3(cin, cout):
 
 
 def plane(h, w, aspect, x):
-    """Pixel centres (u, v) [B,2,h,w] on a view plane whose half diagonal is 1; aspect: width / height of the
-    image."""
+    """Pixel centres (u, v) [B,2,h,w] on a view plane of half diagonal 1; aspect: image width / height."""
     u, v = aspect / math.hypot(1, aspect), 1 / math.hypot(1, aspect)
     u = torch.linspace(-u * (w - 1) / w, u * (w - 1) / w, w, dtype=x.dtype, device=x.device)
     v = torch.linspace(-v * (h - 1) / h, v * (h - 1) / h, h, dtype=x.dtype, device=x.device)
@@ -344,8 +330,9 @@ def plane(h, w, aspect, x):
 class Residual(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.layers = nn.Sequential(nn.GroupNorm(1, dim), nn.ReLU(), conv3x3(dim, hidden),
-                                    nn.GroupNorm(hidden // 32, hidden), nn.ReLU(), conv3x3(hidden, dim))
+        layers = [nn.GroupNorm(1, dim), nn.ReLU(), conv3x3(dim, hidden)]
+        layers += [nn.GroupNorm(hidden // 32, hidden), nn.ReLU(), conv3x3(hidden, dim)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
         return x + self.layers(x)
@@ -361,16 +348,16 @@ class Depth(nn.Module):
     def __init__(self, dim=1024, proj=512, widths=(256, 128, 64), expand=2, blocks=2, last=32):
         super().__init__()
         self.projects = nn.ModuleList(nn.Conv2d(dim, proj, 1) for _ in range(4))
-        self.upsample_blocks = nn.ModuleList(
-            nn.Sequential(nn.Sequential(nn.ConvTranspose2d(cin + 2, cout, 2, stride=2), conv3x3(cout, cout)),
-                          *[Residual(cout, expand * cout) for _ in range(blocks)])
-            for cin, cout in zip((proj, *widths), widths))
+        self.upsample_blocks = nn.ModuleList()
+        for cin, cout in zip((proj, *widths), widths):
+            up = nn.Sequential(nn.ConvTranspose2d(cin + 2, cout, 2, stride=2), conv3x3(cout, cout))
+            residuals = [Residual(cout, expand * cout) for _ in range(blocks)]
+            self.upsample_blocks.append(nn.Sequential(up, *residuals))
         self.output_block = nn.ModuleList(
             nn.Sequential(conv3x3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, n, 1)) for n in (3, 1))
 
     def points(self, patch, grid, size):
-        """patch: [B,h*w,D] -> points (x, y, z) [B,3,H,W], and mask [B,H,W], above 0.5 where they are to be
-        trusted."""
+        """patch: [B,h*w,D] -> points (x, y, z) [B,3,H,W] and mask [B,H,W], above 0.5 where trusted."""
         H, W = pair(size)
 
         def with_plane(x):
@@ -386,14 +373,12 @@ class Depth(nn.Module):
         return torch.cat([points[:, :2] * z, z], 1), mask[:, 0]
 
     def forward(self, patch, grid, size):
-        """patch: [B,h*w,D] on a grid (a number or a pair) -> depth [B,H,W] > 0 at a size (448 for a grid of
-        32)."""
+        """patch: [B,h*w,D] on a grid -> depth [B,H,W] > 0 at a size (448 for grid 32); numbers or pairs."""
         return self.points(patch, grid, size)[0][:, 2]
 
     @classmethod
     def load(cls, source):
-        """The head in MoGe's model.pt ("moge-vitl", a file or a state dict), widths read from it; errors as
-        above."""
+        """MoGe's head ("moge-vitl", a model.pt, a state dict), its widths read from it; errors as above."""
         state, where = read(source, DEPTHS, "model")
         state = {k: v for k, v in state.items() if not k.startswith(("backbone.", "image_"))}
         state = {k.removeprefix("head."): v for k, v in state.items()}
@@ -405,12 +390,10 @@ class Depth(nn.Module):
         return build(lambda: cls(dim, proj, widths, hidden // width, blocks, last), state, where)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# files
+# ------------------------------------------------------------------------------------------------------ files
 
 META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}_{1}.pth"
-BACKBONES = {name: META.format(name[:6], "reg4_pretrain" if name.endswith("_reg") else "pretrain")
-             for name in SIZES}
+BACKBONES = {name: META.format(name[:6], "reg4_pretrain" if "_reg" in name else "pretrain") for name in SIZES}
 SEGMENTERS = {f"{name[:6]}_{data}": META.format(name[:6], data + "_linear_head")
               for name in SIZES for data in ("voc2012", "ade20k")}
 DEPTHS = {"moge-vitl": "https://huggingface.co/Ruicheng/moge-vitl/resolve/main/model.pt"}
@@ -432,8 +415,7 @@ def fetch(name, url):
                 if not path.is_file():
                     torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name))
         except Exception as e:
-            raise UserError(f"{name}: no {file}, and its download failed ({e}); get it from {url} and put it "
-                            f"into {path.parent}") from None
+            raise UserError(f"{name}: no {path}, and no download ({e}): put {url} there yourself") from None
     return path
 
 
@@ -458,13 +440,12 @@ def read_file(path, public):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(e))
-        if refused:
-            raise UserError(f"{path}: holds {refused[1]}, which is never loaded; with the program that wrote "
-                            "it, save its state_dict alone (torch.save)") from None
         with open(path, "rb") as f:
-            raise UserError(f"{path}: no whole PyTorch weight file (begins with {f.read(12)!r}); if it was "
-                            "downloaded, delete it and get it again") from None
+            start = f.read(12)
+        why = f"not a whole PyTorch weight file (begins with {start}); if downloaded, delete it and try again"
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            why = f"holds {refused[1]}, which is never loaded; torch.save its state_dict alone"
+        raise UserError(f"{path}: {why}") from None
 
 
 def shape(state, key, ndim, where):
@@ -480,8 +461,7 @@ def count(state, prefix):
 
 
 def build(make, state, where):
-    """The network that make() makes, in eval mode, with a copy of all of `state`; UserError naming what does
-    not fit."""
+    """The network of make(), in eval mode, with a copy of all `state`; UserError naming what does not fit."""
     try:
         with torch.device("meta"):  # no memory and no random numbers before all is known to fit
             net = make()

@@ -136,26 +136,21 @@ def chain(name, *steps):
 
 
 def mixed_5(cin, pool):
-    return Mixed(cin, [("branch1x1", 64, 1)],
-                 chain("branch5x5", (48, 1), (64, 5)),
-                 chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-                 ["avg", ("branch_pool", pool, 1)])
+    five, double = chain("branch5x5", (48, 1), (64, 5)), chain("branch3x3dbl", (64, 1), (96, 3), (96, 3))
+    return Mixed(cin, [("branch1x1", 64, 1)], five, double, ["avg", ("branch_pool", pool, 1)])
 
 
 def mixed_6(c):
-    return Mixed(768, [("branch1x1", 192, 1)],
-                 chain("branch7x7", (c, 1), (c, (1, 7)), (192, (7, 1))),
-                 chain("branch7x7dbl", (c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))),
-                 ["avg", ("branch_pool", 192, 1)])
+    seven = chain("branch7x7", (c, 1), (c, (1, 7)), (192, (7, 1)))
+    double = chain("branch7x7dbl", (c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7)))
+    return Mixed(768, [("branch1x1", 192, 1)], seven, double, ["avg", ("branch_pool", 192, 1)])
 
 
 def mixed_7(cin, pool):
-    fork = [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]
-    fork_dbl = [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]
-    return Mixed(cin, [("branch1x1", 320, 1)],
-                 [*chain("branch3x3", (384, 1)), fork],
-                 [*chain("branch3x3dbl", (448, 1), (384, 3)), fork_dbl],
-                 [pool, ("branch_pool", 192, 1)])
+    three = [*chain("branch3x3", (384, 1)), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]]
+    fork = [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]
+    double = [*chain("branch3x3dbl", (448, 1), (384, 3)), fork]
+    return Mixed(cin, [("branch1x1", 320, 1)], three, double, [pool, ("branch_pool", 192, 1)])
 
 
 class Inception(nn.Module):
@@ -170,13 +165,13 @@ class Inception(nn.Module):
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, [("branch3x3", 384, 3, 2)],
-                              chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), ["halve"])
+        double = chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2))
+        self.Mixed_6a = Mixed(288, [("branch3x3", 384, 3, 2)], double, ["halve"])
         self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)
         self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
-        self.Mixed_7a = Mixed(768, chain("branch3x3", (192, 1), (320, 3, 2)),
-                              chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
-                              ["halve"])
+        three = chain("branch3x3", (192, 1), (320, 3, 2))
+        seven = chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
+        self.Mixed_7a = Mixed(768, three, seven, ["halve"])
         self.Mixed_7b, self.Mixed_7c = mixed_7(1280, "avg"), mixed_7(2048, "max")
         self.fc = nn.Linear(2048, 1008)
 
@@ -557,18 +552,18 @@ def measure(net, source, space="", size=None, keep=True, micro=64, device="cpu",
     """Statistics of an image set (see open_set) in net's features; keep: each image's features and probs.
     A file's own mu and sigma are used where it has them; its images then serve for the rest (ADM). like:
     Statistics that must be of the same features."""
-    images, known = open_set(source, size)
-    if known is not None:
+    images, given = open_set(source, size)
+    if given is not None:
         for other in like:
-            known.same_space(other)
-        like = [*like, known]
-    if images is None or (known is not None and not keep):
-        return known
+            given.same_space(other)
+        like = [*like, given]
+    if images is None or (given is not None and not keep):
+        return given
     name = str(source) if isinstance(source, (str, Path)) else "images"
     pairs = batches(images, micro, device, Path(name).name)
     result = gather(net, pairs, Statistics(name, space, len(images)), keep, like)
-    if known is not None:
-        result.moments, result.n = known.moments, known.n
+    if given is not None:
+        result.moments, result.n = given.moments, given.n
     return result
 
 
@@ -582,9 +577,9 @@ def evaluate(net, samples, reference, labels=None, k=3, space="", size=None, mic
     samples, reference: see open_set, or Statistics (of measure(), to share among calls). labels: the classes
     [N] that the samples were made for. device: where net wants its images. Under torchrun the processes share
     the work, and all return the same."""
-    how = dict(space=space, size=size, micro=micro, device=device)
-    real = measure(net, reference, keep=k > 0, **how)
-    fake = measure(net, samples, like=[real], **how)
+    options = dict(space=space, size=size, micro=micro, device=device)
+    real = measure(net, reference, keep=k > 0, **options)
+    fake = measure(net, samples, like=[real], **options)
     out = {"n": fake.n}
     for name, one, two in zip(("fd", "sfd"), fake.moments, real.moments):
         out[name] = frechet(*(x.to(device) for x in (*one, *two)))
@@ -676,9 +671,8 @@ def stratified(labels, seed):
     """An order of all images, drawn from the seed, whose beginnings have the classes in the set's shares."""
     draw, key = rng(seed, "subset"), np.empty(len(labels))
     for c in np.unique(labels):
-        members = np.flatnonzero(labels == c)
-        n = len(members)
-        key[draw.permutation(members)] = (np.arange(n) + draw.uniform(size=n)) / n
+        members = draw.permutation(np.flatnonzero(labels == c))
+        key[members] = (np.arange(len(members)) + draw.uniform(size=len(members))) / len(members)
     return np.argsort(key, kind="stable")
 
 
@@ -742,8 +736,7 @@ def flags():
     p.add_argument("--blur-kernel", type=positive, help="the blur's kernel in pixels (default: 23 at 256),")
     p.add_argument("--blur-sigma", **pair, default=[0.1, 2], help="its width in pixels")
     p.add_argument("--size", type=positive, help="center crop of folders (default: 256 for --data)")
-    p.add_argument("--num", "--num-images", type=positive,
-                   help="how many images each of SAMPLES must hold, or how many of --data to take")
+    p.add_argument("--num", "--num-images", type=positive, help="images in each SAMPLES, or used of --data")
     p.add_argument("--micro", type=positive, default=32, help="images held at once; less needs less memory")
     p.add_argument("--seed", type=int, default=0, help="draws images, noise and views for --vae")
     p.add_argument("--out", metavar="FILE", help="default: results.json beside SAMPLES, in the VAE's folder")
@@ -763,20 +756,18 @@ def flags():
 
 
 def write_result(name, value, args):
-    """Adds what was measured, on what and how, to results.json. An entry of the same name is replaced; a line
-    says so if it was measured otherwise."""
+    """Adds what was measured, on what and how, to results.json; says so if it replaces other settings."""
     if rank() > 0:
         return
-    book, how, free = read_json(args.out, {}), vars(args), ("samples", "save_stats", "micro", "out")
-    old = book.get(name, {}).get("settings", {})
-    changed = [f"{k} {v}" for k, v in old.items() if v != how.get(k) and k not in free]
-    if changed:
-        print0(f"{args.out}: replaces what it held of {name}, measured with {', '.join(changed)}")
+    results, settings, other = read_json(args.out, {}), vars(args), ("samples", "save_stats", "micro", "out")
+    old = results.get(name, {}).get("settings", {})
+    if changed := [f"{k} {v}" for k, v in old.items() if v != settings.get(k) and k not in other]:
+        print0(f"{args.out}: replaces what was there of {name}, measured with {', '.join(changed)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    book[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": how}
-    book[name] |= {"seed": args.seed, "versions": versions, "device": device, "processes": world()}
-    save(book, args.out)
+    results[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": settings}
+    results[name] |= {"seed": args.seed, "versions": versions, "device": device, "processes": world()}
+    save(results, args.out)
 
 
 def print_row(cells, first, others=10):
@@ -803,23 +794,23 @@ def look_at_inputs(args):
     hold, after an empty one of --features; whether there are images to measure)."""
     if not args.ref or not (args.samples or args.save_stats):
         raise UserError("give SAMPLES and --ref, or --vae and --data; see --help")
-    known, any_images = [Statistics(f"--features {args.features}", args.features)], False
+    like, any_images = [Statistics(f"--features {args.features}", args.features)], False
     for source in (args.ref, *args.samples):
         images, own = open_set(source, args.size)
         n = own.n if own else len(images)
         if args.num and n != args.num and source in args.samples:
             raise UserError(f"{source}: holds {n or 'an unknown number of'} images, not --num {args.num}")
-        known += [own] if own else []
+        like += [own] if own else []
         any_images |= images is not None
-    return known, any_images
+    return like, any_images
 
 
 def compare_samples(args, device):
     """FID, sFID, IS, precision, recall of each of SAMPLES against --ref, whose features are computed once."""
-    known, any_images = look_at_inputs(args)
+    like, any_images = look_at_inputs(args)
     net, space = feature_net(args, device) if any_images else (None, "")
-    how = dict(space=space, size=args.size, micro=args.micro, device=device)
-    reference = measure(net, args.ref, keep=bool(args.samples), like=known, **how)
+    options = dict(space=space, size=args.size, micro=args.micro, device=device)
+    reference = measure(net, args.ref, keep=bool(args.samples), like=like, **options)
     if args.save_stats and rank() == 0:
         reference.save(args.save_stats)
     names, columns = {"fd": "fid", "sfd": "sfid"}, ["fid", "sfid", "is", "precision", "recall"]
@@ -830,7 +821,7 @@ def compare_samples(args, device):
     if args.samples:
         print_row(heads, width)
     for source in args.samples:
-        value = {names.get(k, k): v for k, v in evaluate(net, source, reference, **how).items()}
+        value = {names.get(k, k): v for k, v in evaluate(net, source, reference, **options).items()}
         print_row([source, *map(value.get, columns)], width)
         write_result(source if names else f"{source}, {reference.space}", value, args)
 
@@ -838,12 +829,12 @@ def compare_samples(args, device):
 def describe_vae(model, name, images, labels, nets, args, device):
     """Tables 8, 10 and 2 for one VAE -> (values, {metric: [n], one number per image})."""
     lpips, inception, reference = nets
-    means, how = min(len(images), 10000) if args.probe else 0, (args.seed, args.micro, device)
-    each, latents, made, z = reconstruct(model, images, *how, name, lpips, inception, means)
+    means, options = min(len(images), 10000) if args.probe else 0, (args.seed, args.micro, device)
+    each, latents, made, z = reconstruct(model, images, *options, name, lpips, inception, means)
     views = torch.utils.data.Subset(images, range(min(len(images), 1000)))
     strengths = args.crop_scale, args.crop_ratio, args.blur_kernel, args.blur_sigma
     for augment, function in augmentations(*strengths).items():                          # Table 2
-        raw, centered = consistency(model, views, function, *how)
+        raw, centered = consistency(model, views, function, *options)
         each |= {f"sc_{augment}": raw, f"sc_{augment}_centred": centered}
     values = {"n": len(images)}
     if inception:
@@ -881,8 +872,8 @@ def compare_vaes(args, device):
         lpips = None if args.vgg == "none" else LPIPS.load(args.vgg, args.lpips).to(device)
     except UserError as e:
         raise UserError(f"{e}; --inception none leaves rFID out, --vgg none LPIPS") from None
-    how = dict(keep=False, micro=args.micro, device=device)
-    nets = lpips, inception, measure(inception, images, **how) if inception else None
+    reference = inception and measure(inception, images, keep=False, micro=args.micro, device=device)
+    nets = lpips, inception, reference
     columns, first = [], None
     for name, model in zip(args.vae, models):
         values, each = describe_vae(model, name, images, labels, nets, args, device)

@@ -6,7 +6,8 @@ from latents.
     python sample.py --cfg 4 --interval 0 1 --classes 207 360 --out out/figure3
 
 Image i is a function of (--seed, i) alone: not of the batch size, of the number of processes, or of what else
-is drawn. In Python:
+is drawn. --npz writes one file for evaluators in place of PNGs, by default OUT/samples.npz: arr_0 uint8 NHWC,
+arr_1 labels, and latents. Under torchrun write --num-images: it takes --num for its own. In Python:
 
     model, vae, norm, names = load("out/sit")
     x = Flow().sample(Guided(model, 1.8, (0, 0.75)), torch.randn(4, 4, 32, 32), torch.arange(4))
@@ -59,29 +60,22 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="out/sit", help="a run of train_sit.py, its file, a public name or file")
     p.add_argument("--process", choices=["sit", "dit", "repa"], help="what a bare file was trained for")
-    p.add_argument("--vae", help="in place of the one that the checkpoint names, of the same "
-                   "weights; public: sd-vae-ft-ema")
-    p.add_argument("--out", help="folder; default: out/pictures, with --npz FILE without its ending")
-    p.add_argument("--num", "--num-images", type=positive, default=16,
-                   help="number of images; under torchrun write --num-images: --num is an option of its own")
-    p.add_argument("--npz", nargs="?", const="", metavar="FILE",
-                   help="instead of PNGs write FILE.npz (arr_0 uint8 NHWC, arr_1 labels, latents); default: "
-                   "OUT/samples.npz, OUT out/samples")
+    p.add_argument("--vae", help="in place of the one that the checkpoint names, of the same weights")
+    p.add_argument("--out", help="folder; default: out/pictures, with --npz out/samples or FILE less .npz")
+    p.add_argument("--num", "--num-images", type=positive, default=16, help="number of images")
+    p.add_argument("--npz", nargs="?", const="", metavar="FILE", help="one FILE.npz in place of PNGs")
     p.add_argument("--classes", nargs="+", help="taken in turn: numbers, or names of class folders")
     p.add_argument("--labels", choices=["random", "balanced"], default="random", help="how without --classes")
-    p.add_argument("--sampler", choices=[*Flow.samplers, *Diffusion.samplers],
-                   help="default: sde for a SiT, ddpm for a DiT")
+    p.add_argument("--sampler", choices=[*Flow.samplers, *Diffusion.samplers], help="default: sde; DiT: ddpm")
     p.add_argument("--steps", type=int, default=250)
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1: none")
-    p.add_argument("--interval", type=float, nargs=2, default=[0.0, 0.75],
-                   help="noise times (1 noise .. 0 data) that are guided")
+    p.add_argument("--interval", type=float, nargs=2, default=[0, 0.75], help="guided noise times, 0: data")
     p.add_argument("--cfg-channels", type=int, help="guide the first so many channels (3: DiT's, SiT's)")
     p.add_argument("--tasks", nargs="+", choices=["seg", "depth", "pca"], default=[], help="Figure 4")
     p.add_argument("--seg-head", default="vitl14_voc2012", help="a public name (vitl14_ade20k) or a file")
     p.add_argument("--depth-head", default="moge-vitl", help="the public name or a file")
     p.add_argument("--batch", type=positive, default=32, help="images a process draws at once")
-    p.add_argument("--dtype", choices=["bf16", "fp32"], default=default_dtype(),
-                   help="default: bf16 on a GPU that has it, else fp32")
+    p.add_argument("--dtype", choices=["bf16", "fp32"], default=default_dtype(), help="by the device")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     if args.npz and not args.npz.endswith(".npz"):
@@ -96,20 +90,17 @@ def flags():
 
 def load(ckpt, vae=None, process=None):
     """All on the way from noise to a picture -> model, VAE, normalizer, class names, of a checkpoint of ours
-    or a public one. vae: in place of the one that the checkpoint names, of the same weights; process: of a
-    bare file."""
+    or a public one. vae: in place of the checkpoint's own, of the same weights; process: of a bare file."""
     if str(ckpt) not in PUBLIC and not Path(ckpt).exists():
-        raise UserError(f"--ckpt {ckpt}: no checkpoint here; train_sit.py makes one, --ckpt SiT-XL/2 takes "
-                        "the public one")
+        raise UserError(f"--ckpt {ckpt}: no checkpoint here; train_sit.py makes one, SiT-XL/2 is public")
     model = SiT.load(ckpt, process)
-    ours = model.info                                     # {}: not a checkpoint of ours
-    source = vae or ours.get("vae", {}).get("source", "sd-vae-ft-ema")
+    source = vae or model.info.get("vae", {}).get("source", "sd-vae-ft-ema")
     vae = VAE.load(source)
-    if ours and fingerprint(vae) != ours["vae"]["hash"]:
+    if model.info and fingerprint(vae) != model.info["vae"]["hash"]:
         raise UserError(f"{ckpt} was trained on another VAE than {source}; --vae names the right one")
     if vae.z_channels != model.channels:
         raise UserError(f"{ckpt} makes {model.channels} latent channels, this VAE decodes {vae.z_channels}")
-    return model, vae, Normalizer(**ours.get("normalizer", {})), ours.get("classes", [])
+    return model, vae, Normalizer(**model.info.get("normalizer", {})), model.info.get("classes", [])
 
 
 def labels(args, model, names):
@@ -117,12 +108,11 @@ def labels(args, model, names):
     if not model.classes:
         return np.zeros(args.num, np.int64)
     if args.classes:
-        known = {str(i): i for i in range(model.classes)} | {name: i for i, name in enumerate(names)}
-        unknown = [c for c in args.classes if c not in known]
-        if unknown:
-            some = f", or {', '.join(names[:5])}, ..." if names else ""
-            raise UserError(f"--classes {unknown[0]}: no such class (0 to {model.classes - 1}{some})")
-        return np.array([known[args.classes[i % len(args.classes)]] for i in range(args.num)])
+        number = {str(i): i for i in range(model.classes)} | {name: i for i, name in enumerate(names)}
+        if unknown := [c for c in args.classes if c not in number]:
+            some = ", ".join([f"0 to {model.classes - 1}", *names[:5]])
+            raise UserError(f"--classes {unknown[0]}: no such class ({some}, ...)")
+        return np.array([number[args.classes[i % len(args.classes)]] for i in range(args.num)])
     if args.labels == "balanced":
         return np.arange(args.num) % model.classes
     return np.array([rng(args.seed, "label", i).integers(model.classes) for i in range(args.num)])
@@ -147,33 +137,29 @@ def draw(args, guided, norm, indices, y, device):
 
 
 class Tasks:
-    """Figure 4: generated latents through the align MLPs of the VAE's folder into heads that were trained on
-    DINOv2's features."""
+    """Figure 4: generated latents through the VAE's align MLPs into heads trained on DINOv2's features."""
 
     def __init__(self, args, vae, device):
         self.names = args.tasks
         self.align = Align.load(vae.folder).to(device)
         if "_reg" in str(vae.info.get("dino")) and "seg" in self.names:
-            print0("note: public segmentation heads exist only for networks without registers; this VAE was "
-                   f"aligned to {vae.info['dino']}, so masks are off their distribution; Figure 4 wants "
-                   "train_vae.py --dino vitl14")
+            print0("note: heads know no registers: rough masks. Figure 4 wants train_vae.py --dino vitl14")
         self.seg = Segmenter.load(args.seg_head).to(device) if "seg" in self.names else None
         self.depth = Depth.load(args.depth_head).to(device) if "depth" in self.names else None
-        widths = {"--seg-head": self.seg and self.seg.linear.in_features,
-                  "--depth-head": self.depth and self.depth.projects[0].in_channels}
+        widths = {"--seg-head": self.seg.linear.in_features} if self.seg else {}
+        widths |= {"--depth-head": self.depth.projects[0].in_channels} if self.depth else {}
         for flag, width in widths.items():
-            if width not in (None, self.align.dim):
-                raise UserError(f"{flag} reads features of {width} numbers, this VAE was aligned to "
-                                f"{self.align.dim}")
+            if width != self.align.dim:
+                raise UserError(f"{flag} reads features of {width} numbers, the VAE's have {self.align.dim}")
 
     @torch.no_grad()
     def __call__(self, z, images):
-        """Raw latents [B,C,h,w], their images uint8 -> [one uint8 picture [B,3,H,W] for each task], classes
-        seen."""
+        """Raw latents [B,C,h,w], images uint8 -> [a uint8 picture [B,3,H,W] for each task], classes seen."""
         patch, (h, w), size, seen, out = self.align(z)[0], z.shape[-2:], images.shape[-2:], [], []
 
         def read(head):
             return torch.cat([head(part, (h, w), size).cpu() for part in patch.split(8)])
+
         for name in self.names:
             if name == "seg":
                 mask = read(self.seg).argmax(1)
@@ -231,20 +217,19 @@ def write_pictures(args, paint, names):
     return z, images
 
 
-def write_npz(args, file, paint, y, manifest, shapes):
+def write_npz(args, file, paint, y, manifest, image_bytes):
     """FILE.npz, by way of one file for each batch in OUT/parts, from which a stopped run goes on -> the first
-    latents and images, for the first rank's --tasks. shapes: of one image and of its latent."""
+    latents and images, for the first rank's --tasks."""
     parts, begun = Path(args.out, "parts"), same_manifest(args.out, manifest, "--out")
     whole = begun and Path(file).is_file()
     if not all(everyone(whole)):
         if rank() == 0 and not begun:
-            # each pixel is there twice before the parts go
-            check_space(args.out, 2 * args.num * (math.prod(shapes[0]) + 4 * math.prod(shapes[1])), "--out")
+            check_space(args.out, 2 * args.num * image_bytes, "--out")     # twice, before the parts go
             parts.mkdir(exist_ok=True)
             save(manifest, Path(args.out, "manifest.json"))
         draw_parts(args, parts, paint)
         if rank() == 0:
-            join_parts(args, file, parts, y, shapes)
+            join_parts(args, file, parts, y)
         barrier()
     if rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)          # none, or what a kill left here
@@ -272,21 +257,22 @@ def draw_parts(args, parts, paint):
     barrier()
 
 
-def join_parts(args, file, parts, y, shapes):
+def join_parts(args, file, parts, y):
     """All parts as one npz, array after array."""
     files = sorted(parts.glob("*-*.npz"), key=lambda f: int(f.stem.split("-")[0]))
     if sum(int(b) - int(a) + 1 for a, b in (f.stem.split("-") for f in files)) != args.num:
         raise UserError(f"{parts}: not all of {args.num} images are here; do all machines share this folder?")
-    arrays = {"arr_0": ("images", np.uint8, shapes[0]), "latents": ("latents", np.float32, shapes[1])}
     with atomic(file) as f, zipfile.ZipFile(f, "w") as archive:
-        for name, (key, dtype, shape) in arrays.items():
+        for name, key in (("arr_0", "images"), ("latents", "latents")):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, {
-                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-                    "shape": (args.num, *shape)})
-                for part in files:
-                    with np.load(part) as held:
-                        member.write(held[key].tobytes())
+                for k, part in enumerate(files):
+                    with np.load(part) as arrays:
+                        array = arrays[key]
+                    if k == 0:
+                        header = np.lib.format.header_data_from_array_1_0(array)
+                        header["shape"] = (args.num, *array.shape[1:])
+                        np.lib.format.write_array_header_1_0(member, header)
+                    member.write(array.tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, y)
 
@@ -310,7 +296,7 @@ def main():
     args.sampler = args.sampler or next(iter(process.samplers))
     check_sampling(process, model, args.sampler, args.steps)
     guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
-    y, s = labels(args, model, classes), model.settings
+    y = labels(args, model, classes)
     tasks = Tasks(args, vae, device) if args.tasks else None
     if device.type == "cuda" and args.num >= 1000:
         model.compile(dynamic=False)                      # two or three sizes of batch
@@ -321,11 +307,8 @@ def main():
         z = draw(args, guided, norm, part, y[part.start:part.stop], device)
         return z.cpu(), to_uint8(vae.decode(z)).cpu()
 
-    choice = "given in turn" if args.classes else args.labels
-    where = f"in {args.interval}, {args.cfg_channels or 'all'} channels"
-    guidance = f"cfg {args.cfg} {where}" if args.cfg != 1 else "no guidance"
-    print0(f"{args.num:,} images, labels {choice}, {args.sampler} {args.steps} steps, {guidance}, "
-           f"{args.dtype} on {device.type}")
+    guidance = f"cfg {args.cfg} in {args.interval}" if args.cfg != 1 else "no guidance"
+    print0(f"{args.num:,} images, {args.sampler} {args.steps} steps, {guidance}, {args.dtype}, {device.type}")
     with lock(args.out):
         if args.npz is None:
             names = [classes[c] for c in y] if classes else None
@@ -335,9 +318,9 @@ def main():
             manifest = {k: v for k, v in vars(args).items() if k not in places}
             manifest |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
             manifest["normalizer"] = norm.state_dict()
-            side = s["input_size"] * vae.f
-            shapes = (side, side, 3), (s["channels"], s["input_size"], s["input_size"])
-            z, images = write_npz(args, args.npz or f"{args.out}/samples.npz", paint, y, manifest, shapes)
+            file = args.npz or f"{args.out}/samples.npz"
+            image_bytes = model.settings["input_size"] ** 2 * (3 * vae.f**2 + 4 * model.channels)
+            z, images = write_npz(args, file, paint, y, manifest, image_bytes)
         if tasks is not None and rank() == 0:
             write_tasks(args, tasks, z, images, device)
         barrier()

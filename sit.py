@@ -36,13 +36,13 @@ SIZES = {  # the patch follows a slash, as in "XL/2"
 
 DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi/"
 META = "https://dl.fbaipublicfiles.com/DiT/models/"
+SIT_URL = DROPBOX + "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
+REPA_URL = DROPBOX + "cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"
 PUBLIC = {  # process, file in torch.hub's cache, URL
-    "SiT-XL/2": ("sit", "SiT-XL-2-256.pt", DROPBOX + "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
-                 "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
+    "SiT-XL/2": ("sit", "SiT-XL-2-256.pt", SIT_URL),
     "DiT-XL/2": ("dit", "DiT-XL-2-256x256.pt", META + "DiT-XL-2-256x256.pt"),
     "DiT-XL/2-512": ("dit", "DiT-XL-2-512x512.pt", META + "DiT-XL-2-512x512.pt"),
-    "REPA-SiT-XL/2": ("repa", "REPA-SiT-XL-2-256.pt", DROPBOX + "cxedbs4da5ugjq5wg3zrg/last.pt"
-                      "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"),
+    "REPA-SiT-XL/2": ("repa", "REPA-SiT-XL-2-256.pt", REPA_URL),
 }
 
 
@@ -68,18 +68,15 @@ def modulate(x, shift, scale):
 
 
 def frequencies(device=None):
-    """w_k = 10000^(-k/128), k = 0..127, in float32 whatever the model's dtype, as in the public code.
-
-    Only the exponential is taken in float64: the public code's, in float32, differs by machine in its last
-    bit (at k = 12 and 106), and with it a DiT's output at t = 999 by some 4e-6.
-    """
+    """w_k = 10000^(-k/128), k = 0..127, in float32 whatever the model's dtype, as in the public code. Only
+    the exponential is taken in float64: the public code's, in float32, differs by machine in its last bit (at
+    k = 12 and 106), and with it a DiT's output at t = 999 by some 4e-6."""
     exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128
     return exponent.double().exp().float()
 
 
 def position_table(size, dim):
-    """Sines and cosines of the column, then of the row, a quarter of `dim` each: [1, size*size, dim],
-    row-major."""
+    """Sines and cosines of column, then row, a quarter of `dim` each: [1, size*size, dim], row-major."""
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, col = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     col, row = col.reshape(-1, 1) * w, row.reshape(-1, 1) * w                            # [size*size, dim/4]
@@ -151,8 +148,7 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """The transformer of DiT and SiT on latents [B, channels, input_size, input_size].
 
-    out_channels: `channels` for process "sit", twice that for "dit" (noise, variance). classes: 0 is
-    unconditional.
+    out_channels: `channels` for "sit", twice that for "dit" (noise, variance). classes: 0 is unconditional.
     repa: (block, dim) or (block, dim, hidden): project the tokens after that many blocks to dim (Yu et al.
     2024). A checkpoint stores all arguments, in `settings`, and SiT(**settings) builds the network again.
     """
@@ -167,8 +163,7 @@ class SiT(nn.Module):
         if process == "dit" and out_channels != 2 * channels:
             raise UserError(f"a dit predicts noise and variance, {2 * channels} channels, not {out_channels}")
         if input_size % patch or dim % heads:
-            raise UserError(f"input size {input_size}, width {dim}: no multiples of patch {patch}, "
-                            f"heads {heads}")
+            raise UserError(f"input {input_size}, dim {dim}: no multiples of patch {patch} and heads {heads}")
         self.patch, self.grid, self.classes, self.process = patch, input_size // patch, classes, process
         self.channels, self.out_channels = channels, out_channels
         self.info = {}                                           # what a checkpoint says beside the weights
@@ -185,14 +180,12 @@ class SiT(nn.Module):
             self.repa_block, width, hidden = (*repa, 2048)[:3]
             if not 1 <= self.repa_block <= depth:
                 raise UserError(f"repa after block {self.repa_block}: the network has {depth}")
-            self.projectors = nn.ModuleList([nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(),
-                                                           nn.Linear(hidden, hidden), nn.SiLU(),
-                                                           nn.Linear(hidden, width))])
+            layers = [nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
+            self.projectors = nn.ModuleList([nn.Sequential(*layers, nn.Linear(hidden, width))])
         self.init_weights()
 
     def init_weights(self):
-        """DiT's: Xavier, small embeddings, and zeros where a block adds to the stream: the output starts at
-        0."""
+        """DiT's: Xavier, small embeddings, zeros where a block adds to the stream: the output starts at 0."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -231,9 +224,8 @@ class SiT(nn.Module):
         """The model in `source`, in eval mode: a name of PUBLIC, a .pt file, a folder with ckpt.pt, a dict;
         of checkpoints, the EMA. What a checkpoint of ours says beside its weights is in the model's `info`.
 
-        process ("sit", "dit", "repa") is needed where neither name nor file says it, heads where (depth,
-        width) is no row of SIZES. A "repa" becomes a plain "sit" (fold_repa). UserError in one line; never
-        loads in part.
+        process ("sit", "dit", "repa") is needed where neither name nor file says it, heads where depth and
+        width are no row of SIZES. A "repa" becomes a plain "sit" (fold_repa). UserError; never loads in part.
         """
         held, name, implied = read(source)
         if all(isinstance(held.get(part), dict) for part in ("settings", "ema")):       # a checkpoint of ours
@@ -272,14 +264,12 @@ def fetch(url, file):
                 if not path.is_file():
                     torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then moved
         except Exception as e:
-            raise UserError(f"{file} is neither in {path.parent} nor to be had from {url} ({e}): put it into "
-                            "that folder") from None
+            raise UserError(f"{path} is neither there nor to be had from {url} ({e}): put it there") from None
     return path
 
 
 def read(source):
-    """(what a source holds, its name for messages, the process that a public name implies). Nothing in it is
-    executed."""
+    """What a source holds, its name for messages, the process a public name implies. Nothing is executed."""
     if isinstance(source, dict):
         return source, "state dict", None
     path, implied = Path(source), None
@@ -293,20 +283,17 @@ def read(source):
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the official training checkpoints
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:                                                       # damage shows in many ways
-        refused = re.search(r"GLOBAL (\S+)", str(e))
-        if refused:
-            raise UserError(f"{path}: holds {refused[1].rstrip('.,')}, which is never loaded; with the "
-                            "program that wrote it, save the tensors alone: torch.save(model.state_dict(), "
-                            "FILE)") from None
         with open(path, "rb") as f:
-            raise UserError(f"{path}: not a whole PyTorch weight file (begins with {f.read(12)}); if it was "
-                            "downloaded, delete it and get it again") from None
+            start = f.read(12)
+        why = f"not a whole PyTorch weight file (begins with {start}); if downloaded, delete it and try again"
+        if refused := re.search(r"GLOBAL (\S*\w)", str(e)):
+            why = f"holds {refused[1]}, never loaded; save the tensors: torch.save(model.state_dict(), FILE)"
+        raise UserError(f"{path}: {why}") from None
     return held if isinstance(held, dict) else {}, str(path), implied
 
 
 def agreed(name, field, own, asked):
-    """What a file says of a field, or, where it says nothing, what the caller asks for; UserError where they
-    differ."""
+    """What a file says of a field, else what the caller asks for; UserError where they differ."""
     if own and asked and own != asked:
         raise UserError(f"{name}: {field} {asked} was asked for, but its own is {own}")
     return own or asked
@@ -330,10 +317,10 @@ def public_names(held, name):
 def read_sizes(state, name, process, heads):
     """SiT's arguments, from a public file's tensors; heads from the row of SIZES that fits unless given."""
     if process not in ("sit", "dit", "repa"):
-        raise UserError(f"{name}: its tensors do not tell what it was trained for; "
-                        "say --process sit, dit or repa")
-    for key, n in {"pos_embed": 3, "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2,
-                   "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2}.items():
+        raise UserError(f"{name}: its tensors do not tell its process; say --process sit, dit or repa")
+    dimensions = {"pos_embed": 3, "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
+    dimensions |= {"blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2}
+    for key, n in dimensions.items():
         if key not in state:
             raise UserError(f"{name}: no key {key}; these are not the weights of a SiT or DiT")
         if state[key].ndim != n or not state[key].numel():
@@ -342,19 +329,18 @@ def read_sizes(state, name, process, heads):
     depth = depth_of(state)
     heads = heads or {(row["depth"], row["dim"]): row["heads"] for row in SIZES.values()}.get((depth, dim))
     if heads is None:
-        raise UserError(f"{name}: depth {depth}, width {dim} is no known size, and tensors do not tell the "
-                        "heads: say heads=")
-    return dict(depth=depth, dim=dim, heads=heads, patch=patch, channels=channels,
-                input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-                out_channels=len(state["final_layer.linear.weight"]) // patch**2,
-                classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-                process="dit" if process == "dit" else "sit")
+        raise UserError(f"{name}: depth {depth}, width {dim} is no known size; say how many heads (heads=)")
+    sizes = dict(depth=depth, dim=dim, heads=heads, patch=patch, channels=channels)
+    sizes["input_size"] = math.isqrt(state["pos_embed"].shape[1]) * patch
+    sizes["out_channels"] = len(state["final_layer.linear.weight"]) // patch**2
+    sizes["classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
+    sizes["process"] = "dit" if process == "dit" else "sit"
+    return sizes
 
 
 def fold_repa(state):
-    """REPA's weights in SiT's convention: v(x, t) = -v_repa(x, 1 - t), so the addition theorems turn cos and
-    sin of w (1 - t) into those of w t by mixing the columns of the first time layer; the last layer changes
-    its sign."""
+    """REPA's weights in SiT's convention, v(x, t) = -v_repa(x, 1 - t): the last layer changes its sign, and
+    addition theorems turn cos and sin of w (1 - t) into those of w t: the first time layer's columns mix."""
     first, last = "t_embedder.mlp.0.weight", "final_layer.linear."
     w, (wc, ws) = frequencies().double(), state[first].double().chunk(2, 1)
     folded = torch.cat([wc * w.cos() + ws * w.sin(), wc * w.sin() - ws * w.cos()], 1)
@@ -365,8 +351,7 @@ def fold_repa(state):
 
 
 def alphas_bar(steps=1000):
-    """The diffusion's cumulative signal variances [steps], linear betas from 1e-4 to 0.02 at 1000 steps,
-    float64."""
+    """The diffusion's cumulative signal variances [steps], float64; linear betas 1e-4..0.02 at 1000 steps."""
     return (1 - torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)).cumprod(0)
 
 
@@ -406,14 +391,13 @@ class Guided:
 
 
 def check_sampling(process, model, sampler, steps):
-    """UserError where a process cannot sample so: another's model, no such sampler, too few or too many
-    steps."""
-    if getattr(model, "process", process.name) != process.name:
-        raise UserError(f"the model is a {model.process}: {type(process).__name__} and its samplers "
-                        f"({', '.join(process.samplers)}) need a {process.name}")
+    """UserError where a process cannot sample so: another's model, no such sampler, too few or many steps."""
+    names = ", ".join(process.samplers)
+    own = getattr(model, "process", process.name)
+    if own != process.name:
+        raise UserError(f"the model is a {own}: {type(process).__name__} ({names}) needs a {process.name}")
     if sampler not in process.samplers:
-        raise UserError(f"--sampler {sampler} is not for a {process.name}, which has "
-                        f"{', '.join(process.samplers)}")
+        raise UserError(f"--sampler {sampler} is not for a {process.name}, which has {names}")
     low, high = process.samplers[sampler]
     if not low <= steps <= high:
         most = "or more" if high == math.inf else f"to {high}"
@@ -424,8 +408,7 @@ def check_sampling(process, model, sampler, steps):
 
 
 class Flow:
-    """The linear path x_t = t x + (1 - t) noise, whose velocity x - noise the model predicts (Ma et al.
-    2024)."""
+    """The linear path t x + (1 - t) noise, whose velocity x - noise the model predicts (Ma et al. 2024)."""
 
     name = "sit"
     samplers = {"sde": (2, math.inf), "euler": (1, math.inf), "heun": (1, math.inf)}      # fewest, most steps
@@ -482,8 +465,7 @@ class Flow:
 
 
 def repa_loss(tokens, target):
-    """REPA's alignment: minus the cosine of tokens and target [B, N, D], mean over the tokens: [B] (Yu et al.
-    2024)."""
+    """REPA's alignment [B] (Yu et al. 2024): minus the cosine of tokens and target [B, N, D], mean over N."""
     return -F.cosine_similarity(tokens, target, dim=-1).mean(1)
 
 
@@ -491,8 +473,7 @@ def repa_loss(tokens, target):
 
 
 def pick(table, i, x):
-    """Entries i [B] of a float64 table, rounded to float32 like the public code's, ready to multiply x [B, C,
-    H, W]."""
+    """Entries i [B] of a table, rounded to float32 as in the public code, to multiply x [B, C, H, W]."""
     return table.float().to(x)[i][:, None, None, None]
 
 
@@ -502,8 +483,7 @@ def normal_cdf(x):
 
 
 def discrete_nll(x, mean, logvar):
-    """-log of the Gaussian's mass in the bin of width 2/255 around x (nats); the outer bins reach to
-    infinity."""
+    """-log of the Gaussian's mass in the bin of width 2/255 around x (nats); the outer bins have no end."""
     inv = torch.exp(-0.5 * logvar)
     below = normal_cdf(inv * (x - mean + 1 / 255))
     above = normal_cdf(inv * (x - mean - 1 / 255))
@@ -513,17 +493,13 @@ def discrete_nll(x, mean, logvar):
 
 def gaussian_kl(mean1, logvar1, mean2, logvar2):
     """KL(N1 || N2), elementwise (nats)."""
-    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2)
-                  + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+    spread = logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2)
+    return 0.5 * (spread + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
 
 
 class Diffusion:
-    """DiT's chain of `steps`, or of `keep` of them spread evenly; the model sees the original indices,
-    `times`.
-
-    The model predicts the noise and, as a fraction between the two bounds' logarithms, the variance of each
-    step.
-    """
+    """DiT's chain of `steps`, or `keep` of them, spread evenly; the model sees the original indices, `times`.
+    It predicts the noise and, as a fraction between the two bounds' logarithms, each step's variance."""
 
     name = "dit"
     samplers = {"ddpm": (2, 1000)}
@@ -544,8 +520,7 @@ class Diffusion:
         self.log_min, self.log_max = variance.log(), self.betas.log()
 
     def reverse(self, out, x, i):
-        """p(x_{t-1} | x_t): mean, log variance and predicted data, from the output [B, 2C, H, W] at x, index
-        i [B]."""
+        """p(x_{t-1} | x_t): mean, log variance, predicted data, from out [B, 2C, H, W] at x, index i [B]."""
         eps, v = out.chunk(2, 1)
         fraction = (v + 1) / 2
         logvar = fraction * pick(self.log_max, i, x) + (1 - fraction) * pick(self.log_min, i, x)
@@ -579,8 +554,7 @@ class Diffusion:
     def sample(self, model, noise, y, sampler="ddpm", steps=250, draw=None, callback=None):
         """Ancestral sampling (DDPM) from noise [B, C, H, W] in `steps` of the chain's steps, with y [B].
 
-        draw(k) is step k's noise (the last step has none); callback(k, t, x, x0) as in Flow.sample, t in
-        0..999.
+        draw(k) is step k's noise, the last has none; callback(k, t, x, x0) as in Flow.sample, t in 0..999.
         """
         check_sampling(self, model, sampler, steps)
         chain = Diffusion(self.steps, steps, noise.device)

@@ -1,5 +1,4 @@
-"""Stage 2 of ReaLS: train an unchanged SiT or DiT, with or without REPA, on the latents of any VAE (Tables 1,
-3-7, 9, 11).
+"""Stage 2 of ReaLS: train an unchanged SiT or DiT, with or without REPA, on a VAE's latents (Tables 3-11).
 
     torchrun --nproc_per_node=8 train_sit.py --model XL                        # the paper's run on out/vae
     torchrun --nproc_per_node=8 train_sit.py --model B --vae sd-vae-ft-ema     # a baseline row
@@ -37,10 +36,10 @@ from vae import (
     everyone,
     fingerprint,
     from_uint8,
-    ignore_signals,
     last_checkpoint,
     loader,
     lock,
+    micro_batches,
     missing_ranges,
     normal,
     positive,
@@ -74,8 +73,7 @@ def flags(ungiven=()):
     p.add_argument("--vae", default="out/vae", help="a run of train_vae.py, a folder, a file, a public name")
     p.add_argument("--cache", help="folder of the latent cache; default: by hashes, in out/latents")
     p.add_argument("--no-flip", action="store_true", help="no mirror images (REPA's public run)")
-    p.add_argument("--norm", choices=["max-min", "std", "channel", "none"],
-                   help="Eq. 7 or its rivals (Table 11); default: max-min for a VAE of ours, else none")
+    p.add_argument("--norm", choices=Normalizer.needs, help="Table 11; default: max-min, public VAEs none")
     p.add_argument("--std", type=float, help="target of --norm std (0.835, SD-VAE's) or channel (1)")
     p.add_argument("--stats", help="latent statistics (a json file), or 'paper': Eq. 8's printed ones")
     p.add_argument("--model", default="XL", help="a row of SIZES, with the patch as in XL/2 (default 2)")
@@ -106,8 +104,7 @@ def flags(ungiven=()):
 
 class Cache(torch.utils.data.Dataset):
     """Posterior moments of all images and their mirror images: one memory map, fp16 [N, 2, 2C, h, w] (mean,
-    log variance; [N, 1, ...] without flips). [i, flip] -> fp16 [2C,h,w]. Opened by each loader process for
-    itself."""
+    log variance; [N, 1, ...] without flips), which each loader process opens. [i, flip] -> fp16 [2C,h,w]."""
 
     def __init__(self, folder, manifest):
         self.file, self.manifest, self.map = folder / "moments.npy", manifest, None
@@ -134,17 +131,14 @@ class Cache(torch.utils.data.Dataset):
 
 
 class Chunks(torch.utils.data.Dataset):
-    """Ranges of indices -> (the first one, the images uint8 [B,3,S,S], labels [B])."""
+    """[a range of indices] -> (the first one, the images uint8 [B,3,S,S], labels [B])."""
 
-    def __init__(self, images, ranges):
-        self.images, self.ranges = images, ranges
+    def __init__(self, images):
+        self.images = images
 
-    def __len__(self):
-        return len(self.ranges)
-
-    def __getitem__(self, k):
-        x, labels = zip(*map(self.images.first_readable, self.ranges[k]))
-        return self.ranges[k][0], torch.stack(x), np.array(labels)
+    def __getitem__(self, part):
+        x, labels = zip(*map(self.images.first_readable, part))
+        return part[0], torch.stack(x), np.array(labels)
 
 
 def open_cache(args, vae, images, device, chunk=64):
@@ -153,8 +147,8 @@ def open_cache(args, vae, images, device, chunk=64):
     The statistics of its latents lie beside it."""
     side, flips = args.size // vae.f, 1 if args.no_flip else 2
     shape = (len(images), flips, 2 * vae.z_channels, side, side)
-    manifest = {"vae": fingerprint(vae), "data": images.fingerprint, "size": args.size, "shape": shape,
-               "classes": images.classes}
+    manifest = {"vae": fingerprint(vae), "data": images.fingerprint, "size": args.size, "shape": shape}
+    manifest["classes"] = images.classes
     name = f"{manifest['vae'][:8]}-{manifest['data'][:8]}-{args.size}-{flips}"
     folder = Path(args.cache or f"out/latents/{name}")
     begun = same_manifest(folder, manifest, "--cache")
@@ -189,9 +183,7 @@ def encode(args, vae, images, folder, device, chunk, flips):
     names = "moments", "labels", "done"
     moments, labels, done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names)
     bar = progress(len(images), "encoding", done=int(done.sum()))
-    chunks = Chunks(images, missing_ranges(done, chunk))
-    for first, x, y in torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=args.workers,
-                                                  worker_init_fn=ignore_signals):
+    for first, x, y in loader(Chunks(images), missing_ranges(done, chunk), args):
         x = from_uint8(x.to(device))
         views = [vae.moments(v) for v in (x, x.flip(-1))[:flips]]
         place = slice(first, first + len(x))
@@ -206,8 +198,7 @@ def encode(args, vae, images, folder, device, chunk, flips):
 
 
 def normalizer(args, vae, cache, ckpt=None):
-    """Eq. 7-8 for this VAE, by the statistics of --stats or the VAE's folder; where there are none, by those
-    of the checkpoint, or the cache's."""
+    """Eq. 7-8 for this VAE, by the statistics of --stats or its folder, else the checkpoint's or cache's."""
     stats = vae.info.get("latents")
     if args.stats:
         stats = PAPER if args.stats == "paper" else read_json(args.stats)
@@ -217,8 +208,7 @@ def normalizer(args, vae, cache, ckpt=None):
     std = norm.std_of(cache.stats)
     print0(f"latents: raw std {cache.stats['std']:.4f}; {norm}, std {std:.3f}")
     if not 0.3 <= std <= 3:
-        print0(f"warning: the generator will see latents of std {std:.3f}; outside 0.3..3 training suffers "
-               "(--norm std sets it)")
+        print0(f"warning: the generator's latents have std {std:.3f}, outside 0.3..3; --norm std mends it")
     return norm
 
 
@@ -261,9 +251,9 @@ def build(args, vae, images, device, dtype):
     if args.repa:
         teacher = load_teacher(args.dino, repa=True).to(device)
         repa = [REPA_DEPTH.get(args.model.split("/")[0], row["depth"] // 3), teacher.dim]
+    row |= dict(input_size=args.size // vae.f, channels=vae.z_channels, classes=len(images.classes))
     torch.manual_seed(int(rng(args.seed, "init").integers(2**31)))
-    net = SiT(**row, input_size=args.size // vae.f, channels=vae.z_channels, classes=len(images.classes),
-              process=args.process, repa=repa).to(device, dtype)
+    net = SiT(**row, process=args.process, repa=repa).to(device, dtype)
     net.grad_checkpoint = args.checkpointing
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
@@ -312,15 +302,11 @@ def flops(net):
 
 
 def mfu(net, rate):
-    """{"MFU": useful FLOPs (three forwards) at so many images a second, over the dense bf16 peak of the
-    GPUs}; {} where no peak is known."""
+    """{"MFU": useful FLOPs (three forwards) at this rate, over the GPUs' dense bf16 peak}, or {}."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = [v for k, v in PEAK.items() if k in name]
     return {"MFU": 3 * flops(net) * rate / (peak[0] * world())} if peak else {}
 
-
-NOT_FINITE = ("the gradient is not finite; the weights were left as they were. The last checkpoint is whole; "
-              "the same command with --clip 1 or --dtype fp32 may get past it")
 
 
 def main():
@@ -331,8 +317,7 @@ def main():
 
     vae, images = VAE.load(args.vae).requires_grad_(False), Images(args.data, args.size)
     if 0 < len(images.stray) < len(images):
-        raise UserError(f"--data {args.data}: {images.stray[0]} lies beside the class folders; move it into "
-                        "one, or away")
+        raise UserError(f"--data {args.data}: {images.stray[0]} lies beside the class folders: move it")
     net, ema, teacher = build(args, vae, images, device, dtype)
     process = process_of(net, device)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -347,20 +332,19 @@ def main():
     if ckpt is not None:
         start_step, saved_norm = ckpt["step"], Normalizer(**ckpt["info"]["normalizer"])
         if (saved_norm.scale, saved_norm.shift) != (norm.scale, norm.shift):
-            raise UserError(f"{args.out}: was trained with {saved_norm}, now it would be {norm}: --stats or "
-                            "the VAE's reals.json has changed")
+            raise UserError(f"{args.out} was trained with {saved_norm}; --stats or reals.json says {norm}")
         for name, part in parts.items():
             part.load_state_dict(ckpt[name])
         del ckpt
-    reader = {"settings": net.settings, "info": {                           # what sample.py reads
-        "normalizer": norm.state_dict(), "size": args.size, "classes": images.classes,
-        "vae": {"source": str(args.vae), "hash": hashes["vae"]}}}
+    info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes}
+    info["vae"] = {"source": str(args.vae), "hash": hashes["vae"]}
+    reader = {"settings": net.settings, "info": info}                       # what sample.py reads
 
     model = DDP(net) if world() > 1 else net
-    batches = loader(Draws(cache, images, args), args, start_step)
-    print0(f"{args.process} {args.model}: {sum(p.numel() for p in net.parameters()):,} parameters, "
-           f"{len(cache):,} images, {net.classes} classes, {args.steps:,} steps of {args.batch}, "
-           f"{world()} process(es), {args.dtype} on {device.type}")
+    batches = loader(Draws(cache, images, args), micro_batches(args, start_step), args)
+    count = sum(p.numel() for p in net.parameters())
+    print0(f"{args.process} {args.model}: {count:,} parameters, {len(cache):,} images, {net.classes} classes")
+    print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
     with lock(args.out), Stop() as stop:
         log = Log(args, start_step)
@@ -390,7 +374,7 @@ def main():
 
             norm_of_gradient = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
             if not norm_of_gradient.isfinite():                             # equal on all ranks
-                raise UserError(f"step {step}: {NOT_FINITE}")
+                raise UserError(f"step {step}: the gradient is not finite; --clip 1 or --dtype fp32 may help")
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             optimizer.step()
             optimizer.zero_grad()
@@ -411,7 +395,7 @@ def main():
             if done % args.save_every == 0 or done == args.steps or stopping:
                 save_checkpoint(args, done, parts, {**hashes, **reader})
             if stopping:
-                stop.leave(stopping, done)
+                stop.leave(done)
         bar.close()
     print0(f"{args.out} is finished; next:\n  python sample.py --ckpt {args.out} --cfg 1.8")
 

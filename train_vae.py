@@ -1,5 +1,4 @@
-"""Stage 1 of ReaLS: fine-tune (or train) a KL autoencoder whose latents align with DINOv2's features
-(Eq. 1-6, Table 1).
+"""Stage 1 of ReaLS: fine-tune (or train) a KL autoencoder whose latents align with DINOv2's features.
 
     torchrun --nproc_per_node=8 train_vae.py    # the paper's run: SD-VAE, DINOv2-large-reg, 256 px, 10 epochs
     python train_vae.py --init none --ch 16 --mult 1 2 4 --blocks 1 ...           # small: see tests/demo.py
@@ -32,6 +31,7 @@ from vae import (
     last_checkpoint,
     loader,
     lock,
+    micro_batches,
     normal,
     print0,
     progress,
@@ -146,8 +146,7 @@ class Stage1(nn.Module):
 
 
 def build(args, device, dtype):
-    """The networks of a run: VAE with alignment MLPs, teacher, LPIPS, discriminator (None if their weight is
-    0)."""
+    """The networks of a run: VAE with MLPs, teacher, LPIPS, discriminator (None where the weight is 0)."""
     torch.manual_seed(int(rng(args.seed, "init").integers(2**31)))
     if args.init == "none":
         vae = VAE(args.ch, args.mult, args.blocks, args.z_channels)
@@ -195,8 +194,7 @@ class Draws(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def reconstruct(vae, x):
-    """[B,3,H,W] in [-1,1] -> what the decoder makes of the posterior's mean, and PSNR in dB, mean over the
-    images."""
+    """[B,3,H,W] in [-1,1] -> what the decoder makes of the posterior's mean, and its mean PSNR in dB."""
     y = vae.decode(vae.encode(x).mean).clamp(-1, 1)
     return y, psnr((y + 1) / 2, (x + 1) / 2).mean().item()
 
@@ -234,16 +232,16 @@ def latent_statistics(vae, images, seed, device, dtype, n=10000):
 def finish(args, stage1, teacher, images, device, dtype):
     """The folder that stage 2, metrics and other people need, and what to run next."""
     stats = latent_statistics(stage1.vae, images, args.seed, device, dtype)
+    info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats}
+    info |= {"features": args.features, "kl": None if stage1.frozen else args.kl}
+    if teacher is not None:
+        info |= {"dino": args.dino, "dino_sha256": fingerprint(teacher)}
     if rank() == 0:
-        stage1.vae.save(Path(args.out, "vae"), stage1.align, {
-            "steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats,
-            "features": args.features, "kl": None if stage1.frozen else args.kl,
-            "dino": args.dino if args.align else None,
-            "dino_sha256": fingerprint(teacher) if args.align else None})
-    numbers = "  ".join(f"{k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max"))
-    print0(f"latents: {numbers}\nwrote {args.out}/vae; next:\n"
-           f"  python fid.py --vae {args.out} --data {args.val} --size {args.size}   # Tables 2, 8 and 10\n"
-           f"  torchrun train_sit.py --vae {args.out} --data {args.data} --size {args.size}")
+        stage1.vae.save(Path(args.out, "vae"), stage1.align, info)
+    print0("latents:", *(f" {k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max")))
+    print0(f"wrote {args.out}/vae; next:")
+    print0(f"  python fid.py --vae {args.out} --data {args.val} --size {args.size}   # Tables 2, 8 and 10")
+    print0(f"  torchrun train_sit.py --vae {args.out} --data {args.data} --size {args.size}")
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -256,9 +254,6 @@ def learning_rate(step, args):
         scale *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
     return args.lr * scale
 
-
-NOT_FINITE = ("the gradient is not finite; the weights were left as they were. The last checkpoint is whole; "
-              "the same command with --clip 1 or --dtype fp32 may get past it")
 
 
 def main():
@@ -292,15 +287,16 @@ def main():
     model = DDP(stage1) if world() > 1 else stage1
     disc_model = DDP(disc) if disc is not None and world() > 1 else disc
     nets = [net for net in (model, disc_model) if net is not None]
-    batches = loader(Draws(images, (stage1.vae.z_channels, side, side), args), args, start_step)
+    draws = Draws(images, (stage1.vae.z_channels, side, side), args)
+    batches = loader(draws, micro_batches(args, start_step), args)
     watched = rng(args.seed, "subset", 1).permutation(len(val))[:8].tolist()
     watched = from_uint8(torch.stack([val.first_readable(i)[0] for i in watched])).to(device, dtype)
     theirs = None
     if args.features in ("both", "patch"):
         with torch.no_grad(), autocast():
             theirs = teacher.targets(watched, side)[0].to(dtype)
-    print0(f"{len(images):,} images, {sum(p.numel() for p in trained):,} parameters, {args.steps:,} steps of "
-           f"{args.batch}, {world()} process(es), {args.dtype} on {device.type}")
+    print0(f"{sum(p.numel() for p in trained):,} parameters, {len(images):,} images")
+    print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
     with lock(args.out), Stop() as stop:
         log = Log(args, start_step)
@@ -346,7 +342,7 @@ def main():
 
             norms = [nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf) for net in nets]
             if not torch.stack(norms).isfinite().all():                     # equal on all ranks
-                raise UserError(f"step {step}: {NOT_FINITE}")
+                raise UserError(f"step {step}: the gradient is not finite; --clip 1 or --dtype fp32 may help")
             lr = learning_rate(step, args)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
@@ -363,7 +359,7 @@ def main():
             if done % args.save_every == 0 or done == args.steps or stopping:
                 save_checkpoint(args, done, parts, {"data": images.fingerprint, "classes": images.classes})
             if stopping:
-                stop.leave(stopping, done)
+                stop.leave(done)
         bar.close()
         stop.restore()
         finish(args, stage1, teacher, images, device, dtype)

@@ -1,10 +1,8 @@
-"""The KL autoencoder of latent diffusion (SD-VAE, f8, 4 channels), its alignment heads and its latent
-normaliser.
+"""The KL autoencoder of latent diffusion (SD-VAE, f8, 4 channels), its alignment heads, its normaliser.
 
 First the network, number for number the public one (Rombach et al. 2022), the two MLPs that ReaLS aligns with
 DINOv2 (Eq. 1), the affine map between raw latents and what a generator sees (Eq. 7-8), and the public weight
-files. Below the ruler: what every script stands on, namely files, images, random draws, and how a run
-behaves.
+files. Below the ruler, what every script stands on: files, images, random draws, and how a run behaves.
 
     vae = VAE.load("sd-vae-ft-ema")     # a public name, a folder, a file, or a state dict
     z = vae.encode(x).sample()          # [B,3,H,W] in [-1,1] -> [B,4,H/8,W/8], not multiplied by 0.18215
@@ -36,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 try:
@@ -50,8 +49,7 @@ PAPER = {"mean": -0.016722, "min": -6.862830, "max": 10.762420}  # the authors' 
 
 
 class UserError(ValueError):
-    """What the person at the keyboard can mend: it ends a script in one line. Anything else is a bug, and
-    keeps its traceback."""
+    """What the user can mend: it ends a script in one line. All else is a bug, and keeps its traceback."""
 
 
 def arguments(of):
@@ -64,8 +62,7 @@ def arguments(of):
 
 
 class Gaussian:
-    """The posterior N(mean, std^2), element by element, from moments [B,2C,h,w]: mean first, then log
-    variance."""
+    """The posterior N(mean, std^2), element by element, from moments [B,2C,h,w]: mean, then log variance."""
 
     def __init__(self, moments):
         moments = moments if moments.dtype == torch.float64 else moments.float()
@@ -77,8 +74,7 @@ class Gaussian:
         return (0.5 * self.logvar).exp()
 
     def sample(self, noise=None):
-        """z = mean + std * noise, [B,C,h,w], as Eq. 1 begins; noise is standard normal, drawn here if not
-        given."""
+        """z = mean + std * noise, [B,C,h,w], as Eq. 1 begins; noise: standard normal, else drawn here."""
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self):
@@ -223,8 +219,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """For training from nothing: every residual branch begins at zero, the posterior almost
-        deterministic."""
+        """For training from nothing: residual branches begin at zero, the posterior almost deterministic."""
         for m in self.modules():
             if isinstance(m, (ResBlock, Attention)):
                 last = m.conv2 if isinstance(m, ResBlock) else m.to_out[0]
@@ -263,15 +258,15 @@ class VAE(nn.Module):
     def save(self, folder, align=None, info=None):
         """Writes a folder that diffusers.AutoencoderKL.from_pretrained reads (config.json and safetensors);
         beside it the two MLPs, where they are given, and reals.json: both networks' settings, and `info`."""
-        folder, s = Path(folder), self.settings
+        folder, s, levels = Path(folder), self.settings, len(self.settings["mult"])
         write_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-        levels = len(s["mult"])
-        save({"_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0", "act_fn": "silu",
-              "in_channels": 3, "out_channels": 3, "latent_channels": s["z_channels"],
-              "block_out_channels": [round(s["ch"] * m) for m in s["mult"]], "layers_per_block": s["blocks"],
-              "down_block_types": ["DownEncoderBlock2D"] * levels,
-              "up_block_types": ["UpDecoderBlock2D"] * levels, "norm_num_groups": self.groups,
-              "sample_size": 256, "scaling_factor": FACTOR}, folder / "config.json")
+        config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0", "scaling_factor": FACTOR}
+        config |= {"in_channels": 3, "out_channels": 3, "latent_channels": s["z_channels"], "act_fn": "silu"}
+        config |= {"block_out_channels": [round(s["ch"] * m) for m in s["mult"]], "sample_size": 256}
+        config |= {"layers_per_block": s["blocks"], "norm_num_groups": self.groups}
+        config["down_block_types"] = ["DownEncoderBlock2D"] * levels
+        config["up_block_types"] = ["UpDecoderBlock2D"] * levels
+        save(config, folder / "config.json")
         if align is not None:
             write_safetensors(align.state_dict(), folder / "align.safetensors")
         settings = {"vae": s, "align": None if align is None else align.settings}
@@ -304,8 +299,7 @@ class Align(nn.Module):
         return nn.Sequential(*parts[:-1])
 
     def forward(self, z):
-        """Raw latents [B,C,h,w] -> patch features [B,hw,D], class features [B,D] (None for an MLP that is not
-        there)."""
+        """Raw latents [B,C,h,w] -> patch features [B,hw,D], class features [B,D]; None without the MLP."""
         tokens = z.flatten(2).transpose(1, 2)                                # [B, hw, C]
         patch = None if self.patch is None else self.patch(tokens)           # Eq. 1: [B, hw, D], then [B, D]
         return patch, None if self.cls is None else self.cls(tokens.mean(1))
@@ -317,8 +311,7 @@ class Align(nn.Module):
         places = [path.parent] if path.is_file() else [path, path / "vae"]
         file = next((p / "align.safetensors" for p in places if (p / "align.safetensors").is_file()), None)
         if file is None:
-            raise UserError(f"{source}: no align.safetensors beside this VAE, so its latents cannot become "
-                            "DINOv2 features; train_vae.py --train align --init THIS_VAE fits the two MLPs")
+            raise UserError(f"{source}: no align.safetensors beside this VAE (train_vae.py --train align)")
         settings = read_json(file.with_name("reals.json")).get("align") or {}
         if settings.get("features") == "cls":
             raise UserError(f"{file}: its run had --features cls, so it holds no patch MLP")
@@ -326,20 +319,18 @@ class Align(nn.Module):
 
 
 class Normalizer:
-    """Raw latents z <-> what the generator sees, x = scale * z + shift, the factor 0.18215 included (Eq. 7
-    and 8).
+    """Raw latents z <-> what the generator sees, x = scale * z + shift, 0.18215 included (Eq. 7 and 8).
 
     kind: "max-min" (Eq. 7: to SD-VAE's range and mean), "std" (to SD-VAE's standard deviation and mean; `std`
     asks for another one, counted after the factor), "channel" (each channel to mean 0 and `std`, 1 by
     default, as latents of 16 and more channels need), "none" (0.18215 z). stats: what statistics() returns,
     of raw sampled latents."""
 
-    needed = {"max-min": ("mean", "min", "max"), "std": ("mean", "std"),
-              "channel": ("channel_mean", "channel_std"), "none": ()}
+    needs = {"max-min": "mean min max", "std": "mean std", "channel": "channel_mean channel_std", "none": ""}
 
     def __init__(self, kind="none", stats=None, std=None):
         self.kind, self.stats, self.std = kind, stats, std
-        for key in self.needed[kind]:
+        for key in self.needs[kind].split():
             if (stats or {}).get(key) is None:
                 raise UserError(f"normalisation {kind} needs the latents' {key}, which the statistics lack")
         if kind == "channel":
@@ -385,8 +376,7 @@ class Normalizer:
 
 def statistics(latents, shared=True):
     """Mean, std, min, max over all elements of sampled latents, mean and std of each channel, and n, the
-    number of images (Table 10). latents: an iterable of [B,C,h,w], of which, if shared, each rank brings a
-    part."""
+    number of images (Table 10). latents: an iterable of [B,C,h,w]; shared: each rank brings a part."""
     sums, low, high, channels = torch.zeros(4, dtype=torch.float64), math.inf, -math.inf, 0
     for z in latents:
         z = z.detach().double().cpu()
@@ -398,25 +388,25 @@ def statistics(latents, shared=True):
     n, count, s, ss = torch.stack(parts).sum(0).tolist()
     mean = s / count
     channel_mean, channel_square = sum(channels) / (count / len(sum(channels)[0]))
-    return {"mean": mean, "std": math.sqrt(max(ss / count - mean**2, 0)), "min": min(lows), "max": max(highs),
-            "n": int(n), "channel_mean": channel_mean.tolist(),
-            "channel_std": (channel_square - channel_mean**2).clamp_min(0).sqrt().tolist()}
+    channel_std = (channel_square - channel_mean**2).clamp_min(0).sqrt()
+    std = math.sqrt(max(ss / count - mean**2, 0))
+    stats = {"mean": mean, "std": std, "min": min(lows), "max": max(highs), "n": int(n)}
+    return {**stats, "channel_mean": channel_mean.tolist(), "channel_std": channel_std.tolist()}
 
 
 # ---------------------------------------------------------------------------------------- public weight files
 
 
-HUGGING = "https://huggingface.co/stabilityai/{}/resolve/main/diffusion_pytorch_model.safetensors"
+STABILITY = "https://huggingface.co/stabilityai/{}/resolve/main/diffusion_pytorch_model.safetensors"
+MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 PUBLIC = {  # name: (url, file in torch.hub's cache, sha256, bytes)
-    "sd-vae-ft-ema": (HUGGING.format("sd-vae-ft-ema"), "sd-vae-ft-ema.safetensors", None, None),
-    "sd-vae-ft-mse": (HUGGING.format("sd-vae-ft-mse"), "sd-vae-ft-mse.safetensors",
-                      "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", 334643276),
+    "sd-vae-ft-ema": (STABILITY.format("sd-vae-ft-ema"), "sd-vae-ft-ema.safetensors", None, None),
+    "sd-vae-ft-mse": (STABILITY.format("sd-vae-ft-mse"), "sd-vae-ft-mse.safetensors", MSE_SHA256, 334643276),
 }
 
 
 def find_vae(source):
-    """(folder or None, weight file) of a VAE: a public name, a file, a diffusers folder, or a run's, with
-    vae/ in it."""
+    """(folder or None, weight file) of a VAE: a public name, a file, a folder of diffusers or of a run."""
     if str(source) in PUBLIC:
         return None, fetch(*PUBLIC[str(source)])
     path = Path(source)
@@ -426,9 +416,7 @@ def find_vae(source):
         for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
             if (folder / name).is_file():
                 return folder, folder / name
-    raise UserError(f"{source}: no VAE here: neither a weight file, nor a folder with "
-                    "diffusion_pytorch_model.safetensors, nor one of the public names "
-                    f"{', '.join(PUBLIC)}; train_vae.py makes out/vae")
+    raise UserError(f"{source}: no VAE here, nor a public name ({', '.join(PUBLIC)}); train_vae.py makes one")
 
 
 RENAMES = [   # CompVis, and diffusers' old names, to diffusers' new ones
@@ -451,11 +439,10 @@ RENAMES = [   # CompVis, and diffusers' old names, to diffusers' new ones
 
 
 def diffusers_names(state):
-    """Any public layout of this network (CompVis, also inside a whole LDM; diffusers, old and new) ->
-    diffusers' new names."""
-    if any(k.startswith("first_stage_model.") for k in state):
-        state = {k.removeprefix("first_stage_model."): v for k, v in state.items()
-                 if k.startswith("first_stage_model.")}
+    """Any public layout (CompVis, alone or in an LDM; diffusers, old or new) -> diffusers' new names."""
+    ldm = "first_stage_model."
+    if any(k.startswith(ldm) for k in state):
+        state = {k.removeprefix(ldm): v for k, v in state.items() if k.startswith(ldm)}
     last = max((int(k.split(".")[2]) for k in state if re.match(r"decoder\.up\.\d+\.", k)), default=0)
     out = {}
     for key, value in state.items():
@@ -472,12 +459,10 @@ def diffusers_names(state):
 
 
 def vae_sizes(state, name, config):
-    """The VAE's constructor arguments, read from a public file's tensors; the norm groups from its
-    config.json."""
+    """The VAE's arguments, read from a public file's tensors; the norm groups from its config.json."""
     def width(key):
         if state[key].ndim != 4 or not len(state[key]):
-            raise UserError(f"{name}: {key} is {tuple(state[key].shape)}, expected the 4 dimensions of a "
-                            "convolution")
+            raise UserError(f"{name}: {key} is {tuple(state[key].shape)}, expected a convolution's shape")
         return len(state[key])
 
     widths, blocks = [], 0
@@ -492,10 +477,9 @@ def vae_sizes(state, name, config):
     mult = [w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths]
     groups = config.get("norm_num_groups") or min(32, widths[0])
     if not isinstance(groups, int) or groups < 1 or any(w % groups for w in widths):
-        raise UserError(f"{name}: its widths {widths} are no multiples of {groups!r} norm groups "
-                        "(norm_num_groups in the config.json beside it)")
-    return {"ch": widths[0], "mult": mult, "blocks": blocks, "z_channels": width("post_quant_conv.weight"),
-            "groups": groups}
+        raise UserError(f"{name}: widths {widths} are no multiples of config.json's {groups!r} groups")
+    z_channels = width("post_quant_conv.weight")
+    return dict(ch=widths[0], mult=mult, blocks=blocks, z_channels=z_channels, groups=groups)
 
 
 # ============================================================================================================
@@ -507,25 +491,19 @@ def vae_sizes(state, name, config):
 
 def read_json(path, default=None):
     """The object in a JSON file, or `default` in place of a missing one."""
-    path = Path(path)
-    if not path.is_file():
-        if default is None:
-            raise UserError(f"{path}: no such file")
+    if default is not None and not Path(path).is_file():
         return default
-    raw = path.read_bytes()
     try:
-        found = json.loads(raw)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a readable JSON object (begins with {raw[:12]!r})")
-    return found
+        return dict(json.loads(Path(path).read_bytes()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: not a readable JSON object") from None
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file to write that appears under its name whole or not at all; the old one stays until
-    then."""
+    """A binary file to write that appears under its name once it is whole; the old one stays until then."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -554,33 +532,28 @@ def fetch(url, name, sha256=None, size=None):
                 if not path.is_file():
                     torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except Exception as e:
-            raise UserError(f"{name} is not in {path.parent} and could not be downloaded ({e}): get {url} "
-                            "and put it there under that name") from None
+            raise UserError(f"{path}: not there, and no download ({e}): put {url} there yourself") from None
     if size is not None and path.stat().st_size != size:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, not {size:,}: delete it, it is not {url}")
     return path
 
 
 def load_file(path):
-    """What torch.save wrote, tensors and plain values only: nothing in it is executed, only what is used is
-    read."""
+    """What torch.save wrote, tensors and plain values only: nothing is executed, what is used is read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:
-        refused = re.search(r"(?:GLOBAL|global) ([\w.]+\.[\w.]+)", str(e))
-        if refused:
-            raise UserError(f"{path}: holds the Python object {refused[1]}, which is never loaded; with the "
-                            "program that wrote it, save its tensors alone: torch.save(state_dict)") from None
         with open(path, "rb") as f:
-            raise UserError(f"{path}: not a whole PyTorch weight file (begins with {f.read(12)!r}); if it "
-                            "was downloaded, delete it and get it again") from None
+            why = f"not a whole PyTorch weight file (begins with {f.read(12)!r}); get it again"
+        if refused := re.search(r"(?:GLOBAL|global) ([\w.]+\.[\w.]+)", str(e)):
+            why = f"the Python object {refused[1]} in it is never loaded; save its state_dict alone"
+        raise UserError(f"{path}: {why}") from None
 
 
 def read(source):
-    """The state dict in a .pth, .pt, .bin, .ckpt or .safetensors file (one under "state_dict" is unwrapped);
-    a dict is returned as it is."""
+    """The state dict in a .pth, .pt, .bin, .ckpt (or its "state_dict") or .safetensors file, or as given."""
     if isinstance(source, dict):
         return source
     if Path(source).suffix == ".safetensors" and Path(source).is_file():
@@ -593,14 +566,13 @@ def read(source):
     return tensors
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {"BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """safetensors: a little-endian uint64 header length, a JSON header, raw tensors. Every offset is
-    checked."""
+    """safetensors: a little-endian uint64 header length, a JSON header, raw tensors; offsets are checked."""
     raw = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.zeros(0, np.uint8)
     try:
         start, state = 8 + int.from_bytes(raw[:8].tobytes(), "little"), {}
@@ -615,8 +587,7 @@ def read_safetensors(path):
                 state[key] = data.view(dtype).view(entry["shape"])
         return state
     except Exception as e:
-        raise UserError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e}); if it was "
-                        "downloaded, delete it and get it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({e!r}); get it again") from None
 
 
 def write_safetensors(state, path):
@@ -635,8 +606,7 @@ def write_safetensors(state, path):
 
 
 def load_strict(model, state, name):
-    """Gives a model copies of these weights, all of them or none; the error names the first key that does not
-    fit."""
+    """Gives a model copies of these weights, all or none; the error names the first key that does not fit."""
     try:
         model.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
     except RuntimeError as e:
@@ -677,21 +647,23 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class Images(torch.utils.data.Dataset):
+Image.init()
+PICTURES = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}     # formats that pillow reads
+
+
+class Images(Dataset):
     """A folder of images: [i] -> (uint8 [3,size,size], label). One subfolder per class, in sorted order; in a
     flat folder every label is -1 and .classes is empty. size None keeps each image as it is. Pixels are read
     as stored (no EXIF rotation). Another source of files (an archive): find, open and bytes."""
 
-    kinds = tuple(ending for ending, kind in Image.registered_extensions().items()    # pictures pillow reads
-                  if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"))
+    kinds = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in PICTURES)
 
     def __init__(self, root, size):
         self.root, self.size, self.named = Path(root), size, set()
         pictures = (p for p in self.find() if p.lower().endswith(self.kinds))
         self.paths = sorted(p for p in pictures if Path(p).name[0] != ".")
         if not self.paths:
-            raise UserError(f"{root}: no images here (expected one folder of images per class, as ImageNet "
-                            "unpacks); --data and --val name other folders, and tests/demo.py needs none")
+            raise UserError(f"{root}: no images here, a folder per class; --data? (tests/demo.py needs none)")
         self.stray = [p for p in self.paths if "/" not in p]     # images that lie in no class folder
         names = [p.split("/")[0] for p in self.paths]
         self.classes = [] if self.stray else sorted(set(names))
@@ -728,8 +700,7 @@ class Images(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
 
     def first_readable(self, i):
-        """Item i, or the first one after it that can be read; what is passed over is named, once a
-        process."""
+        """Item i, or the first one after it that can be read; the others are named, once a process."""
         for k in (k % len(self) for k in range(i, i + 100)):
             try:
                 return self[k]
@@ -793,16 +764,11 @@ def grid(images, columns=8, pad=2, names=None):
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         x, y = pad + i % columns * (w + pad), pad + i // columns * step
         sheet.paste(Image.fromarray(image), (x, y))
-        if names:
-            pen.text((x, y + h), fitted(pen, names[i], w), fill="black")
+        text = names[i] if names else ""
+        while pen.textlength(text) > w:
+            text = text[:-1]
+        pen.text((x, y + h), text, fill="black")
     return sheet
-
-
-def fitted(pen, text, width):
-    """As many of a text's first letters as a pen writes in so many pixels."""
-    while pen.textlength(text) > width:
-        text = text[:-1]
-    return text
 
 
 def save_picture(images, path, columns=8, names=None):
@@ -822,9 +788,8 @@ def start():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        gpu = device.type == "cuda"      # twelve hours: others wait while one encodes, downloads or writes
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=12),
-                                device_id=device if gpu else None)
+        gpu, wait = device.type == "cuda", datetime.timedelta(hours=12)   # while one downloads or writes
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=device if gpu else None)
     return device
 
 
@@ -841,12 +806,12 @@ def barrier():
         dist.barrier()
 
 
-def total(x, op=dist.ReduceOp.SUM):
-    """The sum (or other reduction) of every rank's tensor, all of one shape, on all ranks."""
+def total(x):
+    """The sum of every rank's tensor, all of one shape, on all ranks."""
     if world() == 1:
         return x
     y = x.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
-    dist.all_reduce(y, op)
+    dist.all_reduce(y)
     return y.to(x.device)
 
 
@@ -866,8 +831,8 @@ def print0(*text):
 
 def progress(total, desc, unit="img", done=0):
     """A progress bar with throughput and time left, of the first process."""
-    return tqdm(total=total, desc=desc, unit=unit, initial=done, disable=rank() > 0, dynamic_ncols=True,
-                smoothing=0.05, mininterval=0.2 if sys.stderr.isatty() else 20)
+    often = dict(mininterval=0.2 if sys.stderr.isatty() else 20, smoothing=0.05, dynamic_ncols=True)
+    return tqdm(total=total, desc=desc, unit=unit, initial=done, disable=rank() > 0, **often)
 
 
 def memory():
@@ -882,12 +847,10 @@ def lock(folder, flag="--out", wait=False):
     """Makes a folder and holds it for the run whose first process this is, until the block ends. A folder
     that another run holds is refused, or waited for."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if fcntl is None or (rank() > 0 and not wait):
-        yield
-        return
     with open(Path(folder, ".lock"), "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if fcntl is not None and (rank() == 0 or wait):
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise UserError(f"{folder}: another run is writing here; {flag} names another folder") from None
         yield
@@ -897,8 +860,9 @@ class Stop:
     """`with Stop() as stop`: in the block, SIGINT and SIGTERM only ask, so that the loop can save and leave.
     A second SIGINT ends the program at once."""
 
+    signal = 0
+
     def __enter__(self):
-        self.signal = 0
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -906,22 +870,21 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __exit__(self, *error):
-        self.restore()
-
-    def restore(self):
+    def restore(self, *error):
         """From now on the signals end the program again."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def asked(self):
-        """The signal that some rank was sent, or 0: equal on all ranks."""
-        return int(total(torch.tensor(self.signal), dist.ReduceOp.MAX))
+    __exit__ = restore
 
-    def leave(self, number, step):
+    def asked(self):
+        """Whether some rank was sent a signal: equal on all ranks."""
+        return bool(total(torch.tensor(self.signal)))
+
+    def leave(self, step):
         """After the last save: says so, and exits as a process ended by that signal does."""
         print0(f"stopped after step {step}; the same command goes on from there")
-        sys.exit(128 + number)
+        sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 class Log:
@@ -948,8 +911,7 @@ class Log:
         return (step - self.last) * self.batch / (time.time() - self.since)
 
     def line(self, step, more):
-        """Prints and keeps step, means, images/s, memory, and more, {name: value}; the next line begins
-        anew."""
+        """Prints and keeps step, means, images/s, memory and more, {name: value}; then begins anew."""
         means = total(torch.stack(list(self.sums.values()))) / ((step - self.last) * world())
         values = {"step": step, **dict(zip(self.sums, means.tolist()))}
         values |= {"img/s": self.rate(step), "GiB": memory(), **more}
@@ -968,20 +930,18 @@ class Log:
 def run_script(main):
     """Runs a script's main(). What its user can mend ends in one line, from the first process of a machine,
     and status 1; a bug, of any process, in its traceback."""
-    script = Path(sys.argv[0]).name
+    script, status = Path(sys.argv[0]).name, 0
     try:
         main()
-        status = 0
     except KeyboardInterrupt:
         print(f"{script}: stopped; what is finished is kept", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
     except Exception as e:
         line, status = for_the_user(e), 1
         if line is None:
             traceback.print_exc()
-        else:
-            if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-                time.sleep(2)  # torchrun ends all processes when the first one leaves: let that one speak
+        else:  # torchrun ends all processes when the first one leaves: let that one speak
+            time.sleep(2 if int(os.environ.get("LOCAL_RANK", 0)) else 0)
             print(f"{script}: {line}", file=sys.stderr, flush=True)
     finally:
         kill_workers()
@@ -994,12 +954,11 @@ def run_script(main):
 
 
 def for_the_user(error):
-    """The one line to say to a user, or None for a bug: of a UserError (three files have their own), full
-    memory, a full disk."""
+    """The line to say of a UserError (three files have their own), full memory or a full disk; else None."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OutOfMemoryError", "MemoryError"}:
-        first = (str(error).splitlines() or [""])[0]
-        return f"out of memory; hold fewer images at once (--micro, in sample.py --batch): {first}"
+        why = str(error).split("\n")[0]
+        return f"out of memory; hold fewer images at once (--micro, in sample.py --batch): {why}"
     if getattr(error, "errno", None) == errno.ENOSPC:
         return f"the disk is full: {error}"
     if "UserError" in kinds:  # of a loader's worker, torch gives the whole traceback: the last line says it
@@ -1034,12 +993,9 @@ def add_run_flags(p, out, batch, lr):
     p.add_argument("--micro", type=positive, help="images a process holds at once; for lack of memory")
     p.add_argument("--lr", type=float, default=lr)
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    p.add_argument(
-        "--clip", type=float, default=0, help="largest gradient norm; 0: no clipping; default: 1 with --repa"
-    )
+    p.add_argument("--clip", type=float, default=0, help="largest gradient norm; 0: any (--repa: 1)")
     p.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999])
-    p.add_argument("--dtype", choices=["bf16", "fp32", "fp64"], default=default_dtype(),
-                   help="default: bf16 on a GPU that has it, else fp32")
+    p.add_argument("--dtype", choices=["bf16", "fp32", "fp64"], default=default_dtype(), help="by the device")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="default: on a GPU")
     p.add_argument("--workers", type=int, default=8 if gpu else 1, help="loader processes, each process")
     p.add_argument("--seed", type=int, default=0)
@@ -1057,15 +1013,14 @@ def accumulation_steps(args):
     """Completes --micro -> how many micro-batches of it this process needs for a step."""
     args.micro = args.micro or max(args.batch // world(), 1)
     if args.batch % (world() * args.micro):
-        raise UserError(f"--batch {args.batch} is not a multiple of {world()} process(es) "
-                        f"x --micro {args.micro}")
+        each = f"{world()} process(es) x --micro {args.micro}"
+        raise UserError(f"--batch {args.batch} is not a multiple of {each}")
     return args.batch // (world() * args.micro)
 
 
-MAY_CHANGE_ON_RESUME = {
-    "micro", "workers", "log_every", "save_every", "picture_every", "keep", "compile", "checkpointing",
-    "out", "data", "val", "vae", "cache", "stats",          # places: what lies there is hashed
-    "clip", "dtype"}                                        # what helps a run whose gradient was not finite
+MAY_CHANGE_ON_RESUME = "micro workers log_every save_every picture_every keep compile checkpointing".split()
+MAY_CHANGE_ON_RESUME += "out data val vae cache stats".split()    # places: what lies there is hashed
+MAY_CHANGE_ON_RESUME += "clip dtype".split()                      # they help where a gradient was not finite
 
 
 def last_checkpoint(args, flags, hashes, may_change=()):
@@ -1075,8 +1030,7 @@ def last_checkpoint(args, flags, hashes, may_change=()):
     path = Path(args.out, "ckpt.pt")
     ckpt = load_file(path) if path.is_file() else None
     if len(set(everyone(ckpt and ckpt["step"]))) > 1:
-        raise UserError(f"{path}: not every process sees the same checkpoint; --out must be a folder that "
-                        "all machines share")
+        raise UserError(f"{path}: not every process sees the same one; --out must be shared by all machines")
     if ckpt is None:
         return None
     unknown = vars(args).keys() - ckpt["args"].keys()
@@ -1084,8 +1038,8 @@ def last_checkpoint(args, flags, hashes, may_change=()):
     changed = {k: v for k, v in vars(args).items() if k in old and old[k] != v and k not in may_change}
     for key, value in changed.items():
         if key not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"{path} was made with --{key.replace('_', '-')} {old[key]}, not {value}: give "
-                            "the same flags to go on, or another --out to start anew")
+            flag = f"--{key.replace('_', '-')} {old[key]}"
+            raise UserError(f"{path} was made with {flag}, not {value}; another --out starts anew")
     for what, value in hashes.items():
         if ckpt[what] != value:
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
@@ -1095,8 +1049,7 @@ def last_checkpoint(args, flags, hashes, may_change=()):
 
 
 def save_checkpoint(args, step, parts, more):
-    """OUT/ckpt.pt, from which the same command goes on: every part's state_dict() under its name, and
-    more."""
+    """OUT/ckpt.pt, from which the same command goes on: each part's state_dict() under its name, and more."""
     if rank() == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
         save({"step": step, "args": vars(args), **states, **more}, Path(args.out, "ckpt.pt"))
@@ -1109,15 +1062,17 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def loader(dataset, args, start):
-    """Iterates over this process's micro-batches from step `start` to the end; an item is dataset[step,
-    places in the global batch]."""
+def micro_batches(args, start):
+    """(step, places in the global batch) of this process's micro-batches, from step `start` to the end."""
     local = args.batch // world()
-    work = ((step, range(first, first + args.micro)) for step in range(start, args.steps)
-            for first in range(rank() * local, (rank() + 1) * local, args.micro))
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=work, num_workers=args.workers, worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator()))
+    firsts = range(rank() * local, (rank() + 1) * local, args.micro)
+    return ((step, range(k, k + args.micro)) for step in range(start, args.steps) for k in firsts)
+
+
+def loader(dataset, keys, args):
+    """Iterates over dataset[key] for these keys, made in --workers processes."""
+    how = dict(num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+    return iter(DataLoader(dataset, batch_size=None, sampler=keys, generator=torch.Generator(), **how))
 
 
 def same_manifest(folder, manifest, flag):
@@ -1142,8 +1097,7 @@ def missing_ranges(done, size):
 
 def check_space(folder, size, flag):
     """Says how many bytes a folder is going to hold; UserError where its disk lacks them."""
-    free = shutil.disk_usage(folder).free
-    print0(f"{folder}: {size / 2**30:.2f} GiB ({free / 2**30:.0f} GiB free)")
+    size, free = size / 2**30, shutil.disk_usage(folder).free / 2**30
+    print0(f"{folder}: {size:.2f} GiB ({free:.0f} GiB free)")
     if size > free:
-        raise UserError(f"{folder}: {size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free: "
-                        f"{flag} names another place")
+        raise UserError(f"{folder}: {size:.1f} GiB are needed, {free:.1f} free: {flag} names another place")

@@ -37,7 +37,6 @@ from vae import (
     Images,
     UserError,
     atomic,
-    fitted,
     from_uint8,
     grid,
     normal,
@@ -397,7 +396,9 @@ def page(rows, names):
     pen = ImageDraw.Draw(out)
     pen.font = ImageFont.load_default(13)
     for k, text in enumerate(names):
-        pen.text((left + pad + k * step + step // 2, top), fitted(pen, text, step), fill="black", anchor="md")
+        while pen.textlength(text) > step:
+            text = text[:-1]
+        pen.text((left + pad + k * step + step // 2, top), text, fill="black", anchor="md")
     y = top
     for text, sheet in sheets.items():
         out.paste(sheet, (left, y))

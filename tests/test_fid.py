@@ -1234,7 +1234,7 @@ def test_an_entry_that_was_measured_otherwise_is_named(world, quick, monkeypatch
     assert "replaces" not in capsys.readouterr().out
     command(monkeypatch, tmp_path / "b.npz", "--ref", world / "data/a", "--num", 20)
     said = [line for line in capsys.readouterr().out.splitlines() if "replaces" in line]
-    assert said == [f"{tmp_path}/results.json: replaces what it held of {tmp_path}/b.npz, measured with "
+    assert said == [f"{tmp_path}/results.json: replaces what was there of {tmp_path}/b.npz, measured with "
                     f"ref {world}/data, num None"]
     entry = json.loads((tmp_path / "results.json").read_text())[f"{tmp_path}/b.npz"]
     assert entry["settings"]["ref"] == f"{world}/data/a"

@@ -234,7 +234,7 @@ def test_masks_want_a_teacher_without_registers_and_of_the_heads_width(chain, tm
     (tmp_path / "vae/reals.json").write_text(json.dumps({**info, "dino": "dinov2_vitl14_reg4_pretrain.pth"}))
     command = f"--ckpt {chain.root}/sit --num 1 --steps 2 --tasks seg --out {tmp_path}/out"
     with pytest.raises(
-        ValueError, match="--seg-head reads features of 96 numbers, this VAE was aligned to 64"
+        ValueError, match="--seg-head reads features of 96 numbers, the VAE.s have 64"
     ):
         call(S, command, f"--vae {tmp_path}/vae --seg-head", segmentation_head(tmp_path / "wide.pth", 96))
     assert "Figure 4 wants train_vae.py --dino vitl14" in capsys.readouterr().out

@@ -933,9 +933,9 @@ def test_each_process_refuses_the_others_model_and_steps_that_it_cannot_take():
             process.sample(*words)
 
     for model in (dit, Guided(dit, 2)):
-        refused("the model is a dit: Flow .*sde, euler, heun.* need a sit", Flow(), model, z, y, "sde", 250)
+        refused("the model is a dit: Flow .*sde, euler, heun.* needs a sit", Flow(), model, z, y, "sde", 250)
     for model in (flow, Guided(flow, 2)):
-        refused("the model is a sit: Diffusion .*ddpm.* need a dit", Diffusion(), model, z, y, "ddpm", 250)
+        refused("the model is a sit: Diffusion .*ddpm.* needs a dit", Diffusion(), model, z, y, "ddpm", 250)
     refused("--sampler ddpm is not for a sit, which has sde, euler, heun", Flow(), flow, z, y, "ddpm", 250)
     refused("--sampler sde is not for a dit, which has ddpm", Diffusion(), dit, z, y, "sde", 250)
     for sampler, steps, least in (("sde", 1, 2), ("euler", 0, 1), ("heun", 0, 1)):

@@ -455,7 +455,7 @@ def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
         V.VAE.load(path)
     assert path.name in str(e.value) and "\n" not in str(e.value)
     if "html," in kind:
-        assert "begins with b'<!DOCTYPE" in str(e.value) and "delete it and get it again" in str(e.value)
+        assert "begins with b'<!DOCTYPE" in str(e.value) and "get it again" in str(e.value)
     if "key" in kind:
         assert ('Unexpected key(s) in state_dict: "extra.weight"' if "many" in kind else
                 'Missing key(s) in state_dict: "decoder.conv_out.bias"') in str(e.value)
@@ -888,7 +888,7 @@ def test_json_files_are_objects_or_named(tmp_path):
         V.read_json(tmp_path / "none.json")
     for text in ("[1]", "{", "", "<!DOCTYPE html>"):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(UserError, match="x.json: not a readable JSON object .begins with b'"):
+        with pytest.raises(UserError, match="x.json: not a readable JSON object"):
             V.read_json(tmp_path / "x.json", {})
 
 
@@ -949,7 +949,7 @@ def trainer(request, chain, monkeypatch):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(trainer, request, tmp_path):
     run, networks, norms = trainer
     infinite = {"train_vae": "--kl 1e39", "train_sit": "--std 1e30"}[request.node.callspec.params["trainer"]]
-    with pytest.raises(UserError, match="step 0: the gradient is not finite; .* --clip 1 or --dtype") as e:
+    with pytest.raises(UserError, match="step 0: the gradient is not finite; --clip 1 or --dtype") as e:
         run(f"{infinite} --out {tmp_path}/run")
     assert "\n" not in str(e.value) and not norms and not (tmp_path / "run/ckpt.pt").exists()
     assert networks and all(V.fingerprint(before) == V.fingerprint(after) for before, after in networks)
