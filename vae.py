@@ -663,7 +663,7 @@ class Images(Dataset):
         pictures = (p for p in self.find() if p.lower().endswith(self.kinds))
         self.paths = sorted(p for p in pictures if Path(p).name[0] != ".")
         if not self.paths:
-            raise UserError(f"{root}: no images here, a folder per class; --data? (tests/demo.py needs none)")
+            raise UserError(f"{root}: no images here, for --data or --val; tests/demo.py needs none")
         self.stray = [p for p in self.paths if "/" not in p]     # images that lie in no class folder
         names = [p.split("/")[0] for p in self.paths]
         self.classes = [] if self.stray else sorted(set(names))
