@@ -671,8 +671,9 @@ def stratified(labels, seed):
     """An order of all images, drawn from the seed, whose beginnings have the classes in the set's shares."""
     draw, key = rng(seed, "subset"), np.empty(len(labels))
     for c in np.unique(labels):
-        members = draw.permutation(np.flatnonzero(labels == c))
-        key[members] = (np.arange(len(members)) + draw.uniform(size=len(members))) / len(members)
+        members = np.flatnonzero(labels == c)
+        place = (np.arange(len(members)) + draw.uniform(size=len(members))) / len(members)
+        key[draw.permutation(members)] = place
     return np.argsort(key, kind="stable")
 
 

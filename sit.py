@@ -410,6 +410,10 @@ def check_sampling(process, model, sampler, steps):
 class Flow:
     """The linear path t x + (1 - t) noise, whose velocity x - noise the model predicts (Ma et al. 2024)."""
 
+    # Another path a x + b noise: so is noised, and loss compares with a' x + b' noise; score is
+    # (r v - x) / (b^2 - r b b'), r = a / a', and sample has b in the place of 1 - t. Noise prediction: loss
+    # compares with noise, and v = (x - eps) / t, from t = 0.001 on. Another diffusion form: 1 - t in sample.
+
     name = "sit"
     samplers = {"sde": (2, math.inf), "euler": (1, math.inf), "heun": (1, math.inf)}      # fewest, most steps
 
@@ -446,7 +450,7 @@ class Flow:
         check_sampling(self, model, sampler, steps)
         times, x, draw = self.times(sampler, steps), noise, draw or (lambda k: torch.randn_like(noise))
 
-        def velocity(x, t):
+        def velocity(x, t):                    # an adaptive solver: scipy's solve_ivp on this, flat, 0 to 1
             return model(x, x.new_full((len(x),), t), y)[:, :x.shape[1]].to(x.dtype)
 
         for k, (t, after) in enumerate(zip(times, times[1:])):
@@ -565,6 +569,7 @@ class Diffusion:
             if callback:
                 callback(k, t, x, x0)
             x = mean if k == steps - 1 else mean + torch.exp(0.5 * logvar) * draw(k).to(x)
+            # DDIM: x = sqrt(abar before) x0 + sqrt(1 - abar before) (x - sqrt(abar) x0) / sqrt(1 - abar)
         return x
 
 

@@ -359,7 +359,7 @@ def main():
                 model.require_backward_grad_sync = k == accumulation - 1    # DDP sums gradients once a step
                 with autocast():
                     out, tokens = model(process.noised(x, noise, t), t, y, return_tokens=True)
-                each = process.loss(out.to(dtype), x, noise, t)             # [B]
+                each = process.loss(out.to(dtype), x, noise, t)             # [B]; a weight of t: times that
                 terms = {"loss": (1.0, each.mean())}                        # name: (weight, raw value)
                 if teacher is not None:
                     with torch.no_grad(), autocast():

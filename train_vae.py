@@ -318,6 +318,7 @@ def main():
                     pixel["lpips"] = args.perceptual, lpips(recon, x).mean()
                 if disc is not None:
                     disc.requires_grad_(False)                              # it does not learn here
+                    # LDM's adaptive weight: times |gradient of mse + lpips| / |of gan| at decoder.conv_out
                     pixel["gan"] = args.gan if step >= args.gan_start else 0.0, -disc(recon).mean()
                     disc.requires_grad_(True)
                 if teacher is not None:

@@ -1,10 +1,10 @@
-"""README's sections "At full size" and "The paper, table by table": every command parses, and runs to its
-result on tiny data.
+"""README.md and PAPER.md: every command parses, and runs to its result on tiny data; so does the Python.
 
-bash itself reads the section, loops and all, but `python` and `torchrun` are functions there that print their
-words and wait until this process has done what they say.
+bash itself reads the commands, loops and all, but `python` and `torchrun` are functions there that print
+their words and wait until this process has done what they say.
 """
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import pytest
 import shapes
 import torch
 from conftest import ROOT, call
+from PIL import Image
 
 import dino
 import fid
@@ -47,12 +48,16 @@ NUMBERS = {"table2.json": CONSISTENCY | {"rfid", "psnr", "ssim2"},
 SAMPLES = {"fid", "sfid", "is", "precision", "recall"}
 
 
+README, PAPER = ((ROOT / name).read_text() for name in ("README.md", "tests/PAPER.md"))
+
+
 def text_of(section):
-    """What README says under this heading."""
-    return (ROOT / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    """What README says under this heading; PAPER.md goes on where README's Tables 1 and 3 end."""
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    return f"{text}\n{PAPER}" if section == "Tables 1 and 3" else text
 
 
-def commands(do, smaller=None, section="The paper, table by table"):
+def commands(do, smaller=None, section="Tables 1 and 3"):
     """Calls do(script, words) for each command of the section, after the one before it is done."""
     code = "\n".join(line for line in text_of(section).splitlines() if line.startswith("    "))
     for at_full_size, tiny in (smaller or {}).items():
@@ -86,7 +91,34 @@ def test_every_command_parses():
     assert set(seen) == set(SCRIPTS) and len(seen) > 90
     del seen[:]
     commands(lambda script, words: seen.append(script) or parse(script, words), section="At full size")
-    assert seen == ["train_vae.py", "train_sit.py", "sample.py", "sample.py", "fid.py", "fid.py"]
+    paper = ["train_vae.py", "train_sit.py", "sample.py", "sample.py", "fid.py", "fid.py"]
+    claim = ["train_vae.py", "train_sit.py", "train_sit.py", "sample.py", "sample.py", "fid.py"]
+    assert seen == paper + claim
+
+
+@pytest.mark.parametrize("name", ["README.md", "tests/PAPER.md", "tests/RESULTS.md"])
+def test_pages_are_short_and_their_links_lead_somewhere(name):
+    text = (ROOT / name).read_text()
+    lines = text.splitlines()
+    assert name != "README.md" or len(lines) <= 200
+    assert [line for line in lines if len(line) >= 140 and line[0] != "|" and "$O/" not in line] == []
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, heading = target.partition("#")
+        if not path.startswith("https:"):
+            file = (ROOT / name).parent / path
+            assert file.exists(), target
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.M) if heading else []
+            assert not heading or heading in [h.lower().replace(" ", "-") for h in headings]
+
+
+def test_the_diff_that_readme_shows_is_the_one_in_changes():
+    shown = README.split("```diff\n")[1].split("```")[0]
+    assert (ROOT / "tests/changes/times.diff").read_text().endswith(shown)
+    for name, lines in re.findall(r"\| ([\w-]+): [^|]*\| [\w.]+ \| (\d+)", README):
+        diff = (ROOT / f"tests/changes/{name}.diff").read_text()
+        added = [line[1:].strip() for line in diff.splitlines() if re.match(r"\+(?!\+\+ )", line)]
+        code = [line for line in added if line and line[0] != "#"]
+        assert len(code) == int(lines) or name == "teacher", (name, len(code))
 
 
 class Features(torch.nn.Module):
@@ -129,7 +161,7 @@ def world(tmp_path, monkeypatch):
         process = "dit" if process == "dit" else "sit"
         model = sit.SiT(**sit.size("T"), input_size=4, classes=10, process=process)
         torch.save(model.state_dict(), Path("hub/hub/checkpoints", file))
-    monkeypatch.setattr(fid.Inception, "load", lambda source: Features())
+    monkeypatch.setattr(fid.Inception, "load", lambda source="inception": Features())
 
 
 def result(script, args):
@@ -139,7 +171,7 @@ def result(script, args):
         info = json.loads(Path(args.out, "vae/reals.json").read_text())
         assert {"mean", "std", "min", "max"} <= info["latents"].keys()
         teacher = args.dino if args.align else None
-        assert (info["kl"], info["features"], info["dino"]) == (args.kl, args.features, teacher)
+        assert (info["kl"], info["features"], info.get("dino")) == (args.kl, args.features, teacher)
     elif script == "train_sit.py":
         held = torch.load(Path(args.out, f"{args.steps:07d}.pt"), weights_only=True)
         norm = args.norm or ("none" if "sd-vae" in args.vae else "max-min")
@@ -159,13 +191,29 @@ def result(script, args):
         assert Path(args.out).is_file()
 
 
+def test_the_python_of_the_readme_runs(world, capsys):
+    """As it stands, but for sizes, labels and folders."""
+    call(train_sit, "--size 32 --batch 4 --steps 1 --model T --workers 0 --no-compile --vae sd-vae-ft-ema")
+    code = README.split("```python\n")[1].split("```")[0]
+    for at_full_size, tiny in {"4, 4, 32, 32": "4, 4, 4, 4", "207, 360, 387, 974": "0, 1, 2, 3", "250": "3",
+                               "256": "32", "grid=32": "grid=4", "folder/of/samples": "imagenet/train",
+                               "folder/of/reals": "imagenet/val"}.items():
+        assert at_full_size in code
+        code = code.replace(at_full_size, tiny)
+    names = {}
+    capsys.readouterr()
+    exec(code, names)
+    assert Image.open("four.png").size == (4 * 34 + 2, 36) and float(capsys.readouterr().out) > 0
+    assert names["z"].shape == (1, 4, 4, 4) and names["patch"].shape == (1, 16, 64)
+
+
 @pytest.mark.slow
 @needs_bash
-@pytest.mark.parametrize("section", ["At full size", "The paper, table by table"])
+@pytest.mark.parametrize("section", ["At full size", "Tables 1 and 3"])
 def test_every_command_runs_to_its_result(world, section):
     def run(script, words):
         call(SCRIPTS[script], *words)
         result(script, parse(script, words))
 
-    whole = "table" in section                          # there every rule of SMALLER must find its place
+    whole = "Table" in section                          # there every rule of SMALLER must find its place
     commands(run, {k: v for k, v in SMALLER.items() if whole or k in text_of(section)}, section)
