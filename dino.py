@@ -437,8 +437,9 @@ def read(source, public, under=None):
 def read_file(path, public):
     if not path.is_file():
         raise UserError(f"{path}: no such file, and none of {', '.join(public)}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:                                     # compressed files cannot be mapped
+        plain = zipfile.is_zipfile(path) and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:
         with open(path, "rb") as f:
             start = f.read(12)

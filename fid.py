@@ -26,16 +26,19 @@ from torch import nn
 
 from dino import DINOv2
 from vae import (
+    SMALL,
     VAE,
     Images,
     UserError,
     atomic,
+    count,
     everyone,
     fetch,
     fingerprint,
     from_uint8,
     load_strict,
     normal,
+    number,
     positive,
     print0,
     progress,
@@ -46,6 +49,7 @@ from vae import (
     run_script,
     save,
     start,
+    survive,
     to_uint8,
     total,
     world,
@@ -731,7 +735,7 @@ def flags():
     p.add_argument("--probe", action="store_true", help="linear probe of the latents; needs classes")
     p.add_argument("--vgg", default="vgg16", help="LPIPS's weight file (default: public); none: no LPIPS")
     p.add_argument("--lpips", help="its linear layers; default: the public ones with the public VGG")
-    pair = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+    pair = dict(type=number(SMALL), nargs=2, metavar=("LOW", "HIGH"))
     p.add_argument("--crop-scale", **pair, default=[0.08, 1], help="Table 2: the crop's share of the area,")
     p.add_argument("--crop-ratio", **pair, default=[3 / 4, 4 / 3], help="its aspect ratio,")
     p.add_argument("--blur-kernel", type=positive, help="the blur's kernel in pixels (default: 23 at 256),")
@@ -739,10 +743,14 @@ def flags():
     p.add_argument("--size", type=positive, help="center crop of folders (default: 256 for --data)")
     p.add_argument("--num", "--num-images", type=positive, help="images in each SAMPLES, or used of --data")
     p.add_argument("--micro", type=positive, default=32, help="images held at once; less needs less memory")
-    p.add_argument("--seed", type=int, default=0, help="draws images, noise and views for --vae")
+    p.add_argument("--seed", type=count, default=0, help="draws images, noise and views for --vae")
     p.add_argument("--out", metavar="FILE", help="default: results.json beside SAMPLES, in the VAE's folder")
     args = p.parse_args()
     side, kernel = args.size or 256, args.blur_kernel or 1
+    if not all(low <= high for low, high in (args.crop_scale, args.crop_ratio, args.blur_sigma)):
+        p.error("--crop-scale, --crop-ratio, --blur-sigma: the lower number comes first")
+    if args.crop_scale[1] > 1:
+        p.error("--crop-scale is a share of the area, 1 at most")
     if args.vae and (args.samples or args.ref or args.save_stats or args.features != "inception"):
         p.error("--vae is measured on --data, without SAMPLES, --ref, --save-stats and --features")
     if not args.vae and (args.data or args.probe or args.inception == "none"):
@@ -752,7 +760,8 @@ def flags():
     if kernel % 2 == 0 or kernel >= 2 * side:
         p.error(f"--blur-kernel is odd and less than twice the image's {side} px")
     source = Path([*args.samples, *args.vae, "."][0])
-    args.out = args.out or str((source if source.is_dir() else source.parent) / "results.json")
+    folder = source if args.vae and source.is_dir() else source.parent       # never among pictures
+    args.out = args.out or str(folder / "results.json")
     return args
 
 
@@ -768,7 +777,8 @@ def write_result(name, value, args):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     results[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": settings}
     results[name] |= {"seed": args.seed, "versions": versions, "device": device, "processes": world()}
-    save(results, args.out)
+    with survive(args.out):
+        save(results, args.out)
 
 
 def print_row(cells, first, others=10):
@@ -813,7 +823,8 @@ def compare_samples(args, device):
     options = dict(space=space, size=args.size, micro=args.micro, device=device)
     reference = measure(net, args.ref, keep=bool(args.samples), like=like, **options)
     if args.save_stats and rank() == 0:
-        reference.save(args.save_stats)
+        with survive(args.save_stats):
+            reference.save(args.save_stats)
     names, columns = {"fd": "fid", "sfd": "sfid"}, ["fid", "sfid", "is", "precision", "recall"]
     if args.features == "dinov2":
         names, columns = {}, ["fd", "precision", "recall"]
@@ -893,7 +904,8 @@ def compare_vaes(args, device):
 
 
 def main():
-    args, device = flags(), start()
+    args = flags()
+    device = start(args)
     read_json(args.out, {})           # if the numbers cannot be added to it, that is said now
     if args.vae:
         compare_vaes(args, device)

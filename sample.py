@@ -34,6 +34,7 @@ from vae import (
     atomic,
     barrier,
     check_space,
+    count,
     default_dtype,
     everyone,
     fingerprint,
@@ -41,12 +42,14 @@ from vae import (
     lock,
     missing_ranges,
     normal,
+    number,
     positive,
     print0,
     progress,
     rank,
     rng,
     run_script,
+    same_for_all,
     same_manifest,
     save,
     save_picture,
@@ -67,16 +70,18 @@ def flags():
     p.add_argument("--classes", nargs="+", help="taken in turn: numbers, or names of class folders")
     p.add_argument("--labels", choices=["random", "balanced"], default="random", help="how without --classes")
     p.add_argument("--sampler", choices=[*Flow.samplers, *Diffusion.samplers], help="default: sde; DiT: ddpm")
-    p.add_argument("--steps", type=int, default=250)
-    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1: none")
-    p.add_argument("--interval", type=float, nargs=2, default=[0, 0.75], help="guided noise times, 0: data")
-    p.add_argument("--cfg-channels", type=int, help="guide the first so many channels (3: DiT's, SiT's)")
+    p.add_argument("--steps", type=count, default=250)
+    p.add_argument("--cfg", type=number(0), default=1.0, help="guidance scale; 1: none")
+    p.add_argument("--interval", type=number(0, 1), nargs=2, default=[0, 0.75],
+                   help="guided noise times, 0: data")
+    p.add_argument("--cfg-channels", type=count, help="guide the first so many channels (3: DiT's, SiT's)")
     p.add_argument("--tasks", nargs="+", choices=["seg", "depth", "pca"], default=[], help="Figure 4")
     p.add_argument("--seg-head", default="vitl14_voc2012", help="a public name (vitl14_ade20k) or a file")
     p.add_argument("--depth-head", default="moge-vitl", help="the public name or a file")
     p.add_argument("--batch", type=positive, default=32, help="images a process draws at once")
     p.add_argument("--dtype", choices=["bf16", "fp32"], default=default_dtype(), help="by the device")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: many images on a GPU")
+    p.add_argument("--seed", type=count, default=0)
     args = p.parse_args()
     if args.npz and not args.npz.endswith(".npz"):
         p.error(f"--npz {args.npz}: the file's name must end in .npz")
@@ -95,7 +100,14 @@ def load(ckpt, vae=None, process=None):
         raise UserError(f"--ckpt {ckpt}: no checkpoint here; train_sit.py makes one, SiT-XL/2 is public")
     model = SiT.load(ckpt, process)
     source = vae or model.info.get("vae", {}).get("source", "sd-vae-ft-ema")
-    vae = VAE.load(source)
+    if model.info and not vae and not Path(source).exists():        # used from another folder
+        folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+        beside = folder / model.info["vae"]["beside"]
+        source = beside if beside.exists() else source
+    try:
+        vae = VAE.load(source)
+    except UserError as e:
+        raise UserError(f"{e}; --vae names another place of it") from None
     if model.info and fingerprint(vae) != model.info["vae"]["hash"]:
         raise UserError(f"{ckpt} was trained on another VAE than {source}; --vae names the right one")
     if vae.z_channels != model.channels:
@@ -290,15 +302,18 @@ def write_tasks(args, tasks, z, images, device):
 
 
 def main():
-    args, device = flags(), start()
+    args = flags()
+    device = start(args)
     model, vae, norm, classes = load(args.ckpt, args.vae, args.process)
+    weights = {"weights": fingerprint(model), "vae": fingerprint(vae)}
+    same_for_all({f"the hash of {what}": value for what, value in weights.items()})
     model, vae, process = model.to(device), vae.to(device), process_of(model)
     args.sampler = args.sampler or next(iter(process.samplers))
     check_sampling(process, model, args.sampler, args.steps)
     guided = Guided(model, args.cfg, tuple(args.interval), args.cfg_channels)
     y = labels(args, model, classes)
     tasks = Tasks(args, vae, device) if args.tasks else None
-    if device.type == "cuda" and args.num >= 1000:
+    if device.type == "cuda" and args.num >= 1000 if args.compile is None else args.compile:
         model.compile(dynamic=False)                      # two or three sizes of batch
 
     @torch.no_grad()
@@ -314,10 +329,9 @@ def main():
             names = [classes[c] for c in y] if classes else None
             z, images = write_pictures(args, paint, names)
         else:
-            places = ("ckpt", "vae", "out", "npz", "tasks", "seg_head", "depth_head", "batch")
+            places = ("ckpt", "vae", "out", "npz", "tasks", "seg_head", "depth_head", "batch", "compile")
             manifest = {k: v for k, v in vars(args).items() if k not in places}
-            manifest |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
-            manifest["normalizer"] = norm.state_dict()
+            manifest |= {**weights, "normalizer": norm.state_dict()}
             file = args.npz or f"{args.out}/samples.npz"
             image_bytes = model.settings["input_size"] ** 2 * (3 * vae.f**2 + 4 * model.channels)
             z, images = write_npz(args, file, paint, y, manifest, image_bytes)

@@ -233,7 +233,8 @@ class SiT(nn.Module):
             for field, asked in (("process", process), ("heads", heads)):
                 agreed(name, field, settings.get(field), asked)
         else:
-            state, process = public_names(held, name), agreed(name, "process", implied, process)
+            check_kind(held, name, agreed(name, "process", implied, process))
+            state, process = public_names(held, name), implied or process
             settings = read_sizes(state, name, process, heads)
         try:
             with torch.device("meta"):                   # no memory before all is known to fit
@@ -279,9 +280,10 @@ def read(source):
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file, and no public name ({', '.join(PUBLIC)})")
-    try:
+    try:                                     # compressed files cannot be mapped
+        plain = zipfile.is_zipfile(path) and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the official training checkpoints
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:                                                       # damage shows in many ways
         with open(path, "rb") as f:
             start = f.read(12)
@@ -297,6 +299,17 @@ def agreed(name, field, own, asked):
     if own and asked and own != asked:
         raise UserError(f"{name}: {field} {asked} was asked for, but its own is {own}")
     return own or asked
+
+
+def check_kind(held, name, process):
+    """UserError where an official file says of itself that it is not what it would be loaded as."""
+    said = vars(held["args"]) if isinstance(held.get("args"), argparse.Namespace) else {}
+    for field, known in {"path_type": ["linear"], "prediction": ["velocity", "v"]}.items():
+        if str(said.get(field, known[0])).lower() not in known:
+            raise UserError(f"{name}: was trained with {field} {said[field]}; only {known[0]} is known here")
+    state = held["ema"] if isinstance(held.get("ema"), dict) else held
+    if process == "sit" and any(str(key).startswith("projectors.") for key in state):
+        raise UserError(f"{name}: has REPA's projectors, and REPA's time: say --process repa")
 
 
 def depth_of(state):

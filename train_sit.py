@@ -11,6 +11,8 @@ import argparse
 import copy
 import functools
 import math
+import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from dino import load_teacher
 from sit import Guided, SiT, process_of, repa_loss, size
 from vae import (
     PAPER,
+    SMALL,
     VAE,
     Gaussian,
     Images,
@@ -42,6 +45,8 @@ from vae import (
     micro_batches,
     missing_ranges,
     normal,
+    not_finite,
+    number,
     positive,
     print0,
     progress,
@@ -56,6 +61,7 @@ from vae import (
     shuffled_index,
     start,
     statistics,
+    survive,
     to_uint8,
     total,
     world,
@@ -69,24 +75,24 @@ def flags(ungiven=()):
     """The command line's flags; the `ungiven` ones as if they had been left out."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="imagenet/train", help="folder of images, one subfolder per class")
-    p.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    p.add_argument("--size", type=positive, default=256, help="side of the images in pixels")
     p.add_argument("--vae", default="out/vae", help="a run of train_vae.py, a folder, a file, a public name")
     p.add_argument("--cache", help="folder of the latent cache; default: by hashes, in out/latents")
     p.add_argument("--no-flip", action="store_true", help="no mirror images (REPA's public run)")
     p.add_argument("--norm", choices=Normalizer.needs, help="Table 11; default: max-min, public VAEs none")
-    p.add_argument("--std", type=float, help="target of --norm std (0.835, SD-VAE's) or channel (1)")
+    p.add_argument("--std", type=number(SMALL), help="target of --norm std (0.835, SD-VAE's) or channel (1)")
     p.add_argument("--stats", help="latent statistics (a json file), or 'paper': Eq. 8's printed ones")
     p.add_argument("--model", default="XL", help="a row of SIZES, with the patch as in XL/2 (default 2)")
     p.add_argument("--process", choices=["sit", "dit"], default="sit")
     p.add_argument("--repa", action="store_true", help="align the transformer's features too (Table 9)")
     p.add_argument("--dino", default="vitb14", help="with --repa: REPA's teacher")
-    p.add_argument("--repa-weight", type=float, default=0.5)
-    p.add_argument("--drop", type=float, default=0.1, help="share of labels replaced by the null label")
-    p.add_argument("--ema", type=float, default=0.9999)
+    p.add_argument("--repa-weight", type=number(0), default=0.5)
+    p.add_argument("--drop", type=number(0, 1), default=0.1, help="share of labels made the null label")
+    p.add_argument("--ema", type=number(0, 1), default=0.9999)
     p.add_argument("--steps", type=positive, default=400000)
     p.add_argument("--keep", type=positive, default=50000, help="steps between milestones, NNNNNNN.pt")
     p.add_argument("--schedule", choices=["cosine", "constant"], default="constant")
-    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--weight-decay", type=number(0), default=0.0)
     p.add_argument("--checkpointing", action="store_true", help="compute activations twice to save memory")
     add_run_flags(p, out="out/sit", batch=256, lr=1e-4)
     p.set_defaults(clip=None)
@@ -108,7 +114,8 @@ class Cache(torch.utils.data.Dataset):
 
     def __init__(self, folder, manifest):
         self.file, self.manifest, self.map = folder / "moments.npy", manifest, None
-        self.labels = np.load(folder / "labels.npy")
+        open_array(self.file, "r", manifest["shape"])
+        self.labels = open_array(folder / "labels.npy", "r", manifest["shape"][:1])
 
     def __len__(self):
         return len(self.labels)
@@ -152,7 +159,7 @@ def open_cache(args, vae, images, device, chunk=64):
     name = f"{manifest['vae'][:8]}-{manifest['data'][:8]}-{args.size}-{flips}"
     folder = Path(args.cache or f"out/latents/{name}")
     begun = same_manifest(folder, manifest, "--cache")
-    whole = begun and bool(np.load(folder / "done.npy", mmap_mode="r").all())
+    whole = begun and bool(open_array(folder / "done.npy", "r", shape[:1]).all())
     if not all(everyone(whole)):                          # asked once, together: others may be slow to look
         with lock(folder, "--cache"):
             if rank() == 0 and not begun:
@@ -168,12 +175,26 @@ def open_cache(args, vae, images, device, chunk=64):
     return cache
 
 
+def open_array(file, mode, shape=None):
+    """A memory map of a cache's array; UserError where it is damaged."""
+    try:
+        array = np.load(file, mmap_mode=mode)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{file} is damaged ({e}): delete its folder") from None
+    if shape and array.shape != tuple(shape):
+        raise UserError(f"{file} is damaged (shape {array.shape}, not {tuple(shape)}): delete its folder")
+    return array
+
+
 def make_arrays(folder, shape, manifest):
     """The cache's empty arrays, and the manifest that says what they will be made of."""
     check_space(folder, 2 * math.prod(shape), "--cache")
     arrays = {"moments": (np.float16, shape), "labels": (np.int64, shape[:1]), "done": (np.uint8, shape[:1])}
     for name, (dtype, its_shape) in arrays.items():
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, its_shape).flush()
+        if hasattr(os, "posix_fallocate"):                # a full disk says so now; later it would kill
+            with open(folder / f"{name}.npy", "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, (folder / f"{name}.npy").stat().st_size)
     save(manifest, folder / "manifest.json")
 
 
@@ -181,13 +202,15 @@ def make_arrays(folder, shape, manifest):
 def encode(args, vae, images, folder, device, chunk, flips):
     """Fills this rank's share of what the cache still lacks."""
     names = "moments", "labels", "done"
-    moments, labels, done = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names)
+    moments, labels, done = (open_array(folder / f"{name}.npy", "r+") for name in names)
     bar = progress(len(images), "encoding", done=int(done.sum()))
     for first, x, y in loader(Chunks(images), missing_ranges(done, chunk), args):
         x = from_uint8(x.to(device))
-        views = [vae.moments(v) for v in (x, x.flip(-1))[:flips]]
+        views = torch.stack([vae.moments(v) for v in (x, x.flip(-1))[:flips]], 1).half()    # [B,2,2C,h,w]
+        if not views.isfinite().all():
+            raise UserError(f"{folder}: the VAE gives latents that are not finite, from image {first} on")
         place = slice(first, first + len(x))
-        moments[place] = torch.stack(views, 1).half().cpu().numpy()                     # [B, 2, 2C, h, w]
+        moments[place] = views.cpu().numpy()
         labels[place] = y
         moments.flush()                                   # the data first, then the word that it is there
         labels.flush()
@@ -310,7 +333,8 @@ def mfu(net, rate):
 
 
 def main():
-    args, device = flags(), start()
+    args = flags()
+    device = start(args)
     dtype = torch.float64 if args.dtype == "fp64" else torch.float32        # of weights and losses
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     accumulation = accumulation_steps(args)
@@ -325,6 +349,7 @@ def main():
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
 
     hashes = {"data": images.fingerprint, "vae": fingerprint(vae)}
+    hashes["teacher"] = fingerprint(teacher) if teacher is not None else None
     may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
     start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)
     cache = open_cache(args, vae.to(device), images, device)
@@ -337,7 +362,7 @@ def main():
             part.load_state_dict(ckpt[name])
         del ckpt
     info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes}
-    info["vae"] = {"source": str(args.vae), "hash": hashes["vae"]}
+    info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": os.path.relpath(args.vae, args.out)}
     reader = {"settings": net.settings, "info": info}                       # what sample.py reads
 
     model = DDP(net) if world() > 1 else net
@@ -347,7 +372,7 @@ def main():
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
     with lock(args.out), Stop() as stop:
-        log = Log(args, start_step)
+        log, skipped = Log(args, start_step), 0
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss
         for step in range(start_step, args.steps):
@@ -373,12 +398,13 @@ def main():
                 by_time.index_add_(1, (u * 10).long(), counted)
 
             norm_of_gradient = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
-            if not norm_of_gradient.isfinite():                             # equal on all ranks
-                raise UserError(f"step {step}: the gradient is not finite; --clip 1 or --dtype fp32 may help")
+            finite = bool(norm_of_gradient.isfinite())                      # equal on all ranks
+            skipped = 0 if finite else skipped + 1
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            optimizer.step()
+            if finite:
+                optimizer.step()
+                update_ema(ema, net, args.ema)
             optimizer.zero_grad()
-            update_ema(ema, net, args.ema)
             log.add({"grad norm": norm_of_gradient})
 
             done, stopping = step + 1, stop.asked()
@@ -388,16 +414,22 @@ def main():
                 means = [a / b if b else None for a, b in zip(sums, counts)]
                 log.line(done, {"lr": lr, **mfu(net, log.rate(done)), "by time": means})
                 by_time.zero_()
+            last = done == args.steps or stopping or skipped == 10
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
-                sample_grid(args, ema, norm, vae, images.classes, f"{args.out}/pictures/{done:07d}.png")
+                with survive(f"{args.out}/pictures", last):
+                    sample_grid(args, ema, norm, vae, images.classes, f"{args.out}/pictures/{done:07d}.png")
             if rank() == 0 and (done % args.keep == 0 or done == args.steps):
-                save({"step": done, "ema": ema.state_dict(), **reader}, f"{args.out}/{done:07d}.pt")
-            if done % args.save_every == 0 or done == args.steps or stopping:
-                save_checkpoint(args, done, parts, {**hashes, **reader})
+                with survive(f"{args.out}/{done:07d}.pt", last):
+                    save({"step": done, "ema": ema.state_dict(), **reader}, f"{args.out}/{done:07d}.pt")
+            if done % args.save_every == 0 or last:
+                save_checkpoint(args, done, parts, {**hashes, **reader}, last)
+            if skipped:
+                not_finite(step, skipped)
             if stopping:
                 stop.leave(done)
         bar.close()
-    print0(f"{args.out} is finished; next:\n  python sample.py --ckpt {args.out} --cfg 1.8")
+    guided = " --cfg 1.8" if net.classes else ""
+    print0(f"{args.out} is finished; next:\n  python sample.py --ckpt {shlex.quote(args.out)}{guided}")
 
 
 if __name__ == "__main__":

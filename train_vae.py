@@ -8,6 +8,7 @@ It leaves a folder, OUT/vae, that diffusers reads, with the alignment MLPs and t
 import argparse
 import functools
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from vae import (
     UserError,
     accumulation_steps,
     add_run_flags,
+    count,
     fingerprint,
     from_uint8,
     last_checkpoint,
@@ -33,6 +35,9 @@ from vae import (
     lock,
     micro_batches,
     normal,
+    not_finite,
+    number,
+    positive,
     print0,
     progress,
     rank,
@@ -43,6 +48,7 @@ from vae import (
     shuffled_index,
     start,
     statistics,
+    survive,
     to_uint8,
     world,
 )
@@ -53,32 +59,32 @@ def flags(ungiven=()):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="imagenet/train", help="folder of images, one subfolder per class")
     p.add_argument("--val", default="imagenet/val", help="folder of images for PSNR and pictures")
-    p.add_argument("--size", type=int, default=256, help="side of the training images in pixels")
+    p.add_argument("--size", type=positive, default=256, help="side of the training images in pixels")
     p.add_argument("--init", default="sd-vae-ft-ema", help="a public name, a VAE's folder or file, or none")
-    p.add_argument("--ch", type=int, default=128, help="with --init none: width of the first level")
-    p.add_argument("--mult", type=int, nargs="+", default=[1, 2, 4, 4], help="with --init none: widths in ch")
-    p.add_argument("--blocks", type=int, default=2, help="with --init none: residual blocks per level")
-    p.add_argument("--z-channels", type=int, default=4, help="with --init none: latent channels")
+    p.add_argument("--ch", type=positive, default=128, help="with --init none: width of the first level")
+    p.add_argument("--mult", type=positive, nargs="+", default=[1, 2, 4, 4], help="then: widths in ch")
+    p.add_argument("--blocks", type=positive, default=2, help="then: residual blocks per level")
+    p.add_argument("--z-channels", type=positive, default=4, help="then: latent channels")
     p.add_argument("--dino", default="vitl14_reg", help="a public name (Table 6: vitb14_reg) or file")
     p.add_argument("--features", choices=["both", "patch", "cls", "none"], default="both", help="Table 5")
-    p.add_argument("--align-layers", type=int, default=2, help="Linears in each alignment MLP (Table 7)")
-    p.add_argument("--align-hidden", type=int, help="their hidden width; default: DINOv2's")
-    p.add_argument("--gan", type=float, default=0.1, help="weight of the PatchGAN term; 0: no discriminator")
-    p.add_argument("--gan-start", type=int, default=2000, help="step from which a fresh discriminator counts")
-    p.add_argument("--perceptual", type=float, default=1.0, help="weight of LPIPS; 0: no VGG")
+    p.add_argument("--align-layers", type=positive, default=2, help="Linears in an alignment MLP (Table 7)")
+    p.add_argument("--align-hidden", type=positive, help="their hidden width; default: DINOv2's")
+    p.add_argument("--gan", type=number(0), default=0.1, help="weight of the PatchGAN term; 0: none")
+    p.add_argument("--gan-start", type=count, default=2000, help="step from which the term counts")
+    p.add_argument("--perceptual", type=number(0), default=1.0, help="weight of LPIPS; 0: no VGG")
     p.add_argument("--vgg", help="VGG16 weights; default: torchvision's, downloaded")
     p.add_argument("--lpips", help="LPIPS's linear layers; default: the public ones, with the public VGG")
-    p.add_argument("--kl", type=float, default=2e-5, help="weight of KL summed over the latent (Figure 5)")
-    p.add_argument("--align", type=float, default=1.0, help="weight of the alignment; 0: no DINOv2")
+    p.add_argument("--kl", type=number(0), default=2e-5, help="weight of KL, summed over the latent")
+    p.add_argument("--align", type=number(0), default=1.0, help="weight of the alignment; 0: no DINOv2")
     p.add_argument("--train", choices=["vae", "align"], default="vae", help="align: the MLPs alone")
-    p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--steps", type=int, help="replaces --epochs")
+    p.add_argument("--epochs", type=positive, default=10)
+    p.add_argument("--steps", type=positive, help="replaces --epochs")
     p.add_argument("--schedule", choices=["cosine", "constant"], default="cosine")
-    p.add_argument("--weight-decay", type=float, default=0.01)
+    p.add_argument("--weight-decay", type=number(0), default=0.01)
     add_run_flags(p, out="out/vae", batch=64, lr=5e-5)
     args = p.parse_args()
     vars(args).update({k: p.get_default(k) for k in ungiven})
-    if args.train == "align":
+    if args.train == "align":                    # the weight of any other term of the VAE belongs here, too
         args.gan = args.perceptual = args.kl = 0.0
     if args.train == "align" and (args.features == "none" or args.align == 0):
         p.error("--train align trains the alignment MLPs alone: it needs --features and --align")
@@ -156,6 +162,8 @@ def build(args, device, dtype):
     lpips = LPIPS.load(args.vgg, args.lpips) if args.perceptual else None
     if args.size % vae.f:
         raise UserError(f"--size {args.size} is not a multiple of {vae.f}, this VAE's downsampling factor")
+    if args.size < (24 if args.gan else 16 if args.perceptual else 1):
+        raise UserError(f"--size {args.size} is too small for --gan (24 at least) or --perceptual (16)")
     align = None
     if teacher is not None:
         align = Align(vae.z_channels, teacher.dim, args.align_layers, args.align_hidden, args.features)
@@ -173,7 +181,7 @@ def build(args, device, dtype):
 
 
 class Draws(torch.utils.data.Dataset):
-    """A micro-batch with all its random draws, made in the loader's workers: [step, places in the global
+    """A micro-batch with all its random draws, made in the loader's workers: [step, indices in the global
     batch] -> uint8 images [B,3,S,S], noise [B,C,h,w]."""
 
     def __init__(self, images, shape, args):
@@ -239,9 +247,10 @@ def finish(args, stage1, teacher, images, device, dtype):
     if rank() == 0:
         stage1.vae.save(Path(args.out, "vae"), stage1.align, info)
     print0("latents:", *(f" {k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max")))
-    print0(f"wrote {args.out}/vae; next:")
-    print0(f"  python fid.py --vae {args.out} --data {args.val} --size {args.size}   # Tables 2, 8 and 10")
-    print0(f"  torchrun train_sit.py --vae {args.out} --data {args.data} --size {args.size}")
+    out, data, val = map(shlex.quote, (args.out, args.data, args.val))
+    print0(f"wrote {out}/vae; next:")
+    print0(f"  python fid.py --vae {out} --data {val} --size {args.size}   # Tables 2, 8 and 10")
+    print0(f"  python train_sit.py --vae {out} --data {data} --size {args.size}")
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -257,7 +266,8 @@ def learning_rate(step, args):
 
 
 def main():
-    args, device = flags(), start()
+    args = flags()
+    device = start(args)
     dtype = torch.float64 if args.dtype == "fp64" else torch.float32        # of weights and losses
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     accumulation = accumulation_steps(args)
@@ -275,8 +285,10 @@ def main():
         optimizers.append(adamw(disc.parameters(), args.lr, (0.5, 0.9), weight_decay=0))
         parts |= {"disc": disc, "disc optimizer": optimizers[1]}
 
+    hashes = {"data": images.fingerprint, "init": fingerprint(stage1.vae) if args.init != "none" else None}
+    hashes["teacher"] = fingerprint(teacher) if teacher is not None else None
     may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
-    start_step, ckpt = 0, last_checkpoint(args, flags, {"data": images.fingerprint}, may_change)
+    start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)
     if ckpt is not None:
         start_step = ckpt["step"]
         for name, part in parts.items():
@@ -291,15 +303,15 @@ def main():
     batches = loader(draws, micro_batches(args, start_step), args)
     watched = rng(args.seed, "subset", 1).permutation(len(val))[:8].tolist()
     watched = from_uint8(torch.stack([val.first_readable(i)[0] for i in watched])).to(device, dtype)
-    theirs = None
+    watched_targets = None
     if args.features in ("both", "patch"):
         with torch.no_grad(), autocast():
-            theirs = teacher.targets(watched, side)[0].to(dtype)
+            watched_targets = teacher.targets(watched, side)[0].to(dtype)
     print0(f"{sum(p.numel() for p in trained):,} parameters, {len(images):,} images")
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
     with lock(args.out), Stop() as stop:
-        log = Log(args, start_step)
+        log, skipped = Log(args, start_step), 0
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):
             for k in range(accumulation):
@@ -309,7 +321,7 @@ def main():
                     net.require_backward_grad_sync = k == accumulation - 1  # DDP sums gradients once a step
                 with autocast():
                     posterior, z, recon, patch, cls = model(x, noise)
-                pixel, latent = {}, {}                                      # name: (weight, raw value)
+                pixel, latent = {}, {}            # name: (weight, 0-d tensor); each is summed and logged
                 if recon is not None:
                     recon = recon.to(dtype)
                     pixel["mse"] = 1.0, F.mse_loss(recon, x)
@@ -318,8 +330,9 @@ def main():
                     pixel["lpips"] = args.perceptual, lpips(recon, x).mean()
                 if disc is not None:
                     disc.requires_grad_(False)                              # it does not learn here
+                    gan = args.gan if step >= args.gan_start else 0.0
                     # LDM's adaptive weight: times |gradient of mse + lpips| / |of gan| at decoder.conv_out
-                    pixel["gan"] = args.gan if step >= args.gan_start else 0.0, -disc(recon).mean()
+                    pixel["gan"] = gan, -disc(recon).mean()
                     disc.requires_grad_(True)
                 if teacher is not None:
                     with torch.no_grad(), autocast():
@@ -342,12 +355,13 @@ def main():
                     (disc_loss / accumulation).backward()
 
             norms = [nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf) for net in nets]
-            if not torch.stack(norms).isfinite().all():                     # equal on all ranks
-                raise UserError(f"step {step}: the gradient is not finite; --clip 1 or --dtype fp32 may help")
+            finite = bool(torch.stack(norms).isfinite().all())              # equal on all ranks
+            skipped = 0 if finite else skipped + 1
             lr = learning_rate(step, args)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
+                if finite:
+                    optimizer.step()
                 optimizer.zero_grad()
             log.add(dict(zip(("grad norm", "disc grad norm"), norms)))
 
@@ -355,10 +369,14 @@ def main():
             bar.update(args.batch)
             if done % args.log_every == 0 or done == args.steps:
                 log.line(done, {"lr": lr, "PSNR": reconstruct(stage1.vae, watched)[1]})
+            last = done == args.steps or stopping or skipped == 10
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
-                picture(stage1, watched, theirs, f"{args.out}/pictures/{done:07d}.png")
-            if done % args.save_every == 0 or done == args.steps or stopping:
-                save_checkpoint(args, done, parts, {"data": images.fingerprint, "classes": images.classes})
+                with survive(f"{args.out}/pictures", last):
+                    picture(stage1, watched, watched_targets, f"{args.out}/pictures/{done:07d}.png")
+            if done % args.save_every == 0 or last:
+                save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, last)
+            if skipped:
+                not_finite(step, skipped)
             if stopping:
                 stop.leave(done)
         bar.close()

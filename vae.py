@@ -14,6 +14,8 @@ import datetime
 import errno
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -251,6 +253,8 @@ class VAE(nn.Module):
         state, info, config = diffusers_names(read(file)), {}, {}
         if folder is not None:
             info, config = (read_json(folder / n, {}) for n in ("reals.json", "config.json"))
+            if not info and (folder / "align.safetensors").is_file():
+                raise UserError(f"{folder}: reals.json is missing, which train_vae.py wrote beside this VAE")
         model = build(cls, info.get("vae") or vae_sizes(state, name, config), state, name)
         model.folder, model.info = folder, info
         return model
@@ -331,14 +335,19 @@ class Normalizer:
     def __init__(self, kind="none", stats=None, std=None):
         self.kind, self.stats, self.std = kind, stats, std
         for key in self.needs[kind].split():
-            if (stats or {}).get(key) is None:
+            value = (stats or {}).get(key)
+            if value is None:
                 raise UserError(f"normalisation {kind} needs the latents' {key}, which the statistics lack")
+            if not np.isfinite(value).all() or ("std" in key and not np.all(value)):
+                raise UserError(f"the statistics say that the latents' {key} is {value}")
         if kind == "channel":
             self.scale = [(1 if std is None else std) / s for s in stats["channel_std"]]
             self.shift = [-a * m for a, m in zip(self.scale, stats["channel_mean"])]
             return
         ratio, mean = 1.0, SD_VAE["mean"]
         if kind == "max-min":
+            if stats["max"] <= stats["min"]:
+                raise UserError(f"the statistics say: latents reach from {stats['min']} to {stats['max']}")
             ratio = (SD_VAE["max"] - SD_VAE["min"]) / (stats["max"] - stats["min"])
         elif kind == "std":
             ratio = (SD_VAE["std"] if std is None else std / FACTOR) / stats["std"]
@@ -479,6 +488,9 @@ def vae_sizes(state, name, config):
     if not isinstance(groups, int) or groups < 1 or any(w % groups for w in widths):
         raise UserError(f"{name}: widths {widths} are no multiples of config.json's {groups!r} groups")
     z_channels = width("post_quant_conv.weight")
+    for field, own in {"block_out_channels": widths, "latent_channels": z_channels}.items():
+        if config.get(field, own) != own:
+            raise UserError(f"{name}: {field} is {own} by its tensors, but {config[field]} in config.json")
     return dict(ch=widths[0], mult=mult, blocks=blocks, z_channels=z_channels, groups=groups)
 
 
@@ -507,20 +519,27 @@ def atomic(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)       # after an error: a full disk must not stay full
 
 
 def save(obj, path):
-    """torch.save, or JSON where the name ends in .json; atomic."""
+    """torch.save, or JSON where the name ends in .json; atomic. OSError where the disk is full or refuses."""
     with atomic(path) as f:
         if str(path).endswith(".json"):
             f.write((json.dumps(obj, indent=1) + "\n").encode())
-        else:
+            return
+        try:
             torch.save(obj, f)
+        except RuntimeError as e:              # torch's writer hides what the disk said
+            why = e.__context__ or e
+            raise OSError(getattr(why, "errno", None) or errno.EIO, str(why), str(path)) from e
 
 
 def fetch(url, name, sha256=None, size=None):
@@ -542,8 +561,9 @@ def load_file(path):
     """What torch.save wrote, tensors and plain values only: nothing is executed, what is used is read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:                                     # compressed files cannot be mapped
+        plain = zipfile.is_zipfile(path) and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:
         with open(path, "rb") as f:
             why = f"not a whole PyTorch weight file (begins with {f.read(12)!r}); get it again"
@@ -625,8 +645,9 @@ def build(cls, settings, state, name):
 
 
 def fingerprint(model):
-    """sha256 of names, shapes and float32 bytes of all weights: one network, one value, whatever its file."""
-    h = hashlib.sha256()
+    """sha256 of names, shapes and float32 bytes of all weights, and of a VAE's norm groups: one network, one
+    value, whatever its file."""
+    h = hashlib.sha256(f"{model.groups} groups".encode() if isinstance(model, VAE) else b"")
     for k, v in sorted(model.state_dict().items()):
         h.update(f"{k}{tuple(v.shape)}".encode())
         h.update(v.detach().float().cpu().contiguous().numpy())
@@ -647,8 +668,14 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+class DiskError(UserError):
+    """A file that is there and cannot be read, as on a stale network disk: no reason to skip a picture."""
+
+
+DISK = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 Image.init()
 PICTURES = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}     # formats that pillow reads
+STRANGE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw")     # maybe not these
 
 
 class Images(Dataset):
@@ -660,8 +687,11 @@ class Images(Dataset):
 
     def __init__(self, root, size):
         self.root, self.size, self.named = Path(root), size, set()
-        pictures = (p for p in self.find() if p.lower().endswith(self.kinds))
-        self.paths = sorted(p for p in pictures if Path(p).name[0] != ".")
+        files = sorted(p for p in self.find() if p.rsplit("/", 1)[-1][0] != ".")
+        self.paths = [p for p in files if p.lower().endswith(self.kinds)]
+        strange = [p for p in files if p.lower().endswith(STRANGE) and not p.lower().endswith(self.kinds)]
+        if strange:
+            print0(f"{root}: {len(strange):,} pictures of a kind that pillow does not read, as {strange[0]}")
         if not self.paths:
             raise UserError(f"{root}: no images here, for --data or --val; tests/demo.py needs none")
         self.stray = [p for p in self.paths if "/" not in p]     # images that lie in no class folder
@@ -671,13 +701,31 @@ class Images(Dataset):
         self.labels = np.array([number.get(name, -1) for name in names])
 
     def find(self):
-        """The paths of all files, relative to the root."""
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            yield from (Path(folder, f).relative_to(self.root).as_posix() for f in files)
+        """The paths of all files, relative to the root; not of hidden folders, nor by a link to one above."""
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            here, there = os.path.realpath(folder), Path(folder).relative_to(self.root).as_posix()
+            real = {d: os.path.realpath(os.path.join(folder, d)) for d in folders if d[0] != "."}
+            folders[:] = [d for d in real if os.path.commonpath([here, real[d]]) != real[d]]
+            yield from (f if there == "." else f"{there}/{f}" for f in files)
 
     def open(self, path):
         """The file under one of these paths, for reading."""
+        if not os.path.isfile(self.root / path):         # a dead link; a pipe, which would wait
+            raise FileNotFoundError(f"no regular file: {path}")
         return open(self.root / path, "rb")
+
+    def read(self, path, tries=3):
+        """What is in it. A disk's own error is given time to pass."""
+        for k in range(tries):
+            try:
+                with self.open(path) as f:
+                    return f.read()
+            except OSError as e:
+                if e.errno not in DISK:
+                    raise
+                if k == tries - 1:
+                    raise DiskError(f"{self.root / path}: {e}") from None
+                time.sleep(2**k)
 
     def bytes(self, path):
         """Its size."""
@@ -687,23 +735,39 @@ class Images(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        try:
-            with self.open(self.paths[i]) as file, Image.open(file) as image:
-                if image.mode.startswith("I"):   # 16-bit gray: pillow's own conversion would clip it to white
-                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-                if max(image.size) > 100 * min(image.size):
-                    raise ValueError(f"{image.width} x {image.height} pixels: no picture has such a shape")
-                image = image.convert("RGB")
-            image = image if self.size is None else center_crop(image, self.size)
-        except Exception as e:
-            raise UserError(f"{self.root / self.paths[i]}: not a readable image ({e})") from None
+        image = self.decoded(self.paths[i])
+        if image.mode.startswith("I"):       # 16-bit gray: pillow's own conversion would clip it to white
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        image = image if self.size is None else center_crop(image, self.size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
+
+    def decoded(self, path):
+        """The PIL image in a file, in RGB or 16-bit gray; UserError where it is none."""
+        try:
+            data = self.read(path)
+        except OSError as e:
+            raise UserError(f"{self.root / path}: not a readable image ({e})") from None
+        try:                                 # whatever pillow stumbles over: nothing of ours in here
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            kind, mode, (w, h) = image.format, image.mode, image.size
+            image = image if mode[0] in "IF" else image.convert("RGB")
+        except Exception as e:
+            raise UserError(f"{self.root / path}: not a readable image ({e})") from None
+        if mode == "F" or (mode == "I" and kind != "PNG"):
+            raise UserError(f"{self.root / path}: not a readable image (of mode {mode}, its range unknown)")
+        if max(w, h) > 100 * min(w, h):
+            raise UserError(f"{self.root / path}: not a readable image ({w} x {h} pixels)")
+        return image
 
     def first_readable(self, i):
         """Item i, or the first one after it that can be read; the others are named, once a process."""
         for k in (k % len(self) for k in range(i, i + 100)):
             try:
                 return self[k]
+            except DiskError:
+                raise
             except UserError as e:
                 if k not in self.named:
                     tqdm.write(f"{e}; the image after it takes its place")
@@ -712,10 +776,17 @@ class Images(Dataset):
 
     @functools.cached_property
     def fingerprint(self):
-        """sha256 of the sorted relative paths and byte sizes as they are at the first call."""
+        """sha256 of the sorted relative paths and byte sizes, and of the first 16 KiB of 256 of the files, as
+        they are at the first call."""
         h = hashlib.sha256()
         for p in self.paths:
-            h.update(f"{p}\0{self.bytes(p)}\n".encode())
+            h.update(os.fsencode(f"{p}\0{self.bytes(p)}\n"))
+        for k in range(min(256, len(self))):
+            try:
+                with self.open(self.paths[k * len(self) // min(256, len(self))]) as f:
+                    h.update(f.read(2**14))
+            except OSError:
+                h.update(b"not read")
         return h.hexdigest()
 
 
@@ -780,16 +851,24 @@ def save_picture(images, path, columns=8, names=None):
 # ------------------------------------------------------------------------------------------------------ a run
 
 
-def start():
-    """Joins the process group that torchrun describes, if there is one -> this process's device."""
+MAY_DIFFER = "workers data val vae init cache stats dino vgg lpips".split()   # what lies there is hashed
+
+
+def start(args=None):
+    """Joins the process group that torchrun describes, if there is one -> this process's device. UserError
+    where its processes were given different flags."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node {local + 1} or more, but {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         gpu, wait = device.type == "cuda", datetime.timedelta(hours=12)   # while one downloads or writes
         dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=device if gpu else None)
+    flags = vars(args) if args is not None else {}
+    same_for_all({f"--{k.replace('_', '-')}": v for k, v in flags.items() if k not in MAY_DIFFER})
     return device
 
 
@@ -823,6 +902,14 @@ def everyone(obj):
     return parts
 
 
+def same_for_all(values):
+    """UserError, on all ranks, where one of them has another value, {name: value}, than the first."""
+    first, *others = everyone(values)
+    for name, value in first.items():
+        if different := [other[name] for other in others if other[name] != value]:
+            raise UserError(f"{name} is {value} on the first process, {different[0]} on another")
+
+
 def print0(*text):
     """Prints from the first process alone, above a progress bar."""
     if rank() == 0:
@@ -842,6 +929,9 @@ def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else 0.0
 
 
+LOCKS = []      # open lock files; a loader closes its copies, or it would hold them for a killed run
+
+
 @contextlib.contextmanager
 def lock(folder, flag="--out", wait=False):
     """Makes a folder and holds it for the run whose first process this is, until the block ends. A folder
@@ -851,19 +941,23 @@ def lock(folder, flag="--out", wait=False):
         try:
             if fcntl is not None and (rank() == 0 or wait):
                 fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder}: another run is writing here; {flag} names another folder") from None
+        except OSError as e:
+            print0(f"warning: {folder} cannot be locked ({e}); no second run may write here")
+        LOCKS.append(f)
         yield
 
 
 class Stop:
-    """`with Stop() as stop`: in the block, SIGINT and SIGTERM only ask, so that the loop can save and leave.
-    A second SIGINT ends the program at once."""
+    """`with Stop() as stop`: in the block, SIGINT, SIGTERM and SIGHUP only ask, so that the loop can save and
+    leave. A second SIGINT ends the program at once."""
 
+    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     signal = 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.ask) for number in self.signals}
         return self
 
     def ask(self, number, frame):
@@ -887,6 +981,25 @@ class Stop:
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
+def not_finite(step, times):
+    """Says that a step was skipped, its gradient not being finite; UserError at the tenth in a row."""
+    text = f"step {step}: the gradient is not finite; the step was skipped; --clip 1 or --dtype fp32 may help"
+    if times >= 10:
+        raise UserError(f"{text} (ten steps in a row)")
+    print0(f"warning: {text}")
+
+
+@contextlib.contextmanager
+def survive(path, last=False):
+    """What a disk refuses is a warning, and the run goes on; but at its last save."""
+    try:
+        yield
+    except OSError as e:
+        if last:
+            raise
+        print0(f"warning: {path} could not be written, the run goes on: {e}")
+
+
 class Log:
     """Means over the steps and ranks between two lines; each line is printed, and appended to log.jsonl."""
 
@@ -894,9 +1007,16 @@ class Log:
         self.path, self.batch = Path(args.out, "log.jsonl"), args.batch
         self.restart(step)
         if rank() == 0 and self.path.is_file():     # lines after the checkpoint: their steps are made again
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept))
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            with atomic(self.path) as f:
+                f.write("".join(line for line in lines if self.step_of(line) <= step).encode())
+
+    def step_of(self, line):
+        """The step of a line of log.jsonl; infinite where a kill or a disk has spoilt it."""
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            return math.inf
 
     def restart(self, step):
         self.sums, self.last, self.since = {}, step, time.time()
@@ -917,7 +1037,7 @@ class Log:
         values |= {"img/s": self.rate(step), "GiB": memory(), **more}
         print0("  ".join(f"{k} {self.short(v)}" for k, v in values.items()))
         if rank() == 0:
-            with open(self.path, "a") as f:
+            with survive(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
         self.restart(step)
 
@@ -931,6 +1051,8 @@ def run_script(main):
     """Runs a script's main(). What its user can mend ends in one line, from the first process of a machine,
     and status 1; a bug, of any process, in its traceback."""
     script, status = Path(sys.argv[0]).name, 0
+    for stream in (sys.stdout, sys.stderr):         # a console that cannot show a name shows its bytes
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -955,14 +1077,19 @@ def run_script(main):
 
 def for_the_user(error):
     """The line to say of a UserError (three files have their own), full memory or a full disk; else None."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"OutOfMemoryError", "MemoryError"}:
-        why = str(error).split("\n")[0]
+    kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    if kinds & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in text:
+        why = text.split("\n")[0]
         return f"out of memory; hold fewer images at once (--micro, in sample.py --batch): {why}"
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return f"the disk is full: {error}"
+    if "killed by signal: Killed" in text:
+        return f"a loader was killed, as when memory runs out; --workers asks for fewer: {text}"
+    if re.search(r"(?i)no working c.. compiler|failed to find c compiler|InvalidCxxCompiler", text):
+        return "torch.compile found no C compiler: install one, or give --no-compile"
+    disk = {errno.ENOSPC: "is full", errno.EDQUOT: "is full", errno.EIO: "refuses", errno.EFBIG: "refuses"}
+    if getattr(error, "errno", None) in disk:
+        return f"the disk {disk[error.errno]}: {error}"
     if "UserError" in kinds:  # of a loader's worker, torch gives the whole traceback: the last line says it
-        return re.sub(r"^(\w+\.)?UserError: ", "", str(error).strip().splitlines()[-1])
+        return re.sub(r"^(\w+\.)?(User|Disk)Error: ", "", text.strip().splitlines()[-1])
     return None
 
 
@@ -978,11 +1105,19 @@ def kill_workers():
 # ------------------------------------------------------------------------------- what both trainers must have
 
 
-def positive(text):
-    """argparse's type of a whole number, 1 at least."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: 1 at least")
-    return int(text)
+def number(low, high=math.inf, kind=float):
+    """argparse's type of a number from low to high, never nan or infinite."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__              # argparse's word for what is no number at all
+    return parse
+
+
+positive, count, SMALL = number(1, kind=int), number(0, kind=int), 1e-30      # SMALL: above 0
 
 
 def add_run_flags(p, out, batch, lr):
@@ -991,14 +1126,14 @@ def add_run_flags(p, out, batch, lr):
     p.add_argument("--out", default=out, help="folder of the run; the same command goes on where it stopped")
     p.add_argument("--batch", type=positive, default=batch, help="global batch, of all processes together")
     p.add_argument("--micro", type=positive, help="images a process holds at once; for lack of memory")
-    p.add_argument("--lr", type=float, default=lr)
-    p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=0, help="largest gradient norm; 0: any (--repa: 1)")
-    p.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999])
+    p.add_argument("--lr", type=number(0), default=lr)
+    p.add_argument("--warmup", type=count, default=0, help="steps of linear warm-up")
+    p.add_argument("--clip", type=number(0), default=0, help="largest gradient norm; 0: any (--repa: 1)")
+    p.add_argument("--betas", type=number(0, 1 - 1e-9), nargs=2, default=[0.9, 0.999])
     p.add_argument("--dtype", choices=["bf16", "fp32", "fp64"], default=default_dtype(), help="by the device")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="default: on a GPU")
-    p.add_argument("--workers", type=int, default=8 if gpu else 1, help="loader processes, each process")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=count, default=8 if gpu else 1, help="loader processes, each process")
+    p.add_argument("--seed", type=count, default=0)
     p.add_argument("--log-every", type=positive, default=100, help="steps between log lines")
     p.add_argument("--save-every", type=positive, default=2000, help="steps between checkpoints")
     p.add_argument("--picture-every", type=positive, default=2000, help="steps between pictures")
@@ -1027,10 +1162,13 @@ def last_checkpoint(args, flags, hashes, may_change=()):
     """The OUT/ckpt.pt that this command goes on from, or None; all ranks must see the same one. UserError
     where it was made with other flags (but for may_change) or with other hashes. A flag that it
     does not know is taken to have had its default: flags(these) are the flags with these left out."""
-    path = Path(args.out, "ckpt.pt")
+    path = whole_checkpoint(args)
     ckpt = load_file(path) if path.is_file() else None
+    if ckpt is not None and "args" not in ckpt:
+        raise UserError(f"{path} is a milestone: it has no flags, weights and optimiser to go on from")
     if len(set(everyone(ckpt and ckpt["step"]))) > 1:
         raise UserError(f"{path}: not every process sees the same one; --out must be shared by all machines")
+    same_for_all({f"the hash of {what}": value for what, value in hashes.items()})
     if ckpt is None:
         return None
     unknown = vars(args).keys() - ckpt["args"].keys()
@@ -1044,22 +1182,47 @@ def last_checkpoint(args, flags, hashes, may_change=()):
         if ckpt[what] != value:
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
     told = [f", --{k} {changed[k]} in place of {old[k]}" for k in ("clip", "dtype") if k in changed]
+    told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in vars(args)]
     print0(f"{path}: going on from step {ckpt['step']}" + "".join(told))
     return ckpt
 
 
-def save_checkpoint(args, step, parts, more):
-    """OUT/ckpt.pt, from which the same command goes on: each part's state_dict() under its name, and more."""
+def whole_checkpoint(args):
+    """OUT/ckpt.pt, or where the first process finds it damaged the one before it."""
+    path, before = (Path(args.out, name) for name in ("ckpt.pt", "ckpt-before.pt"))
+    damaged = rank() == 0 and path.is_file()
+    if damaged:
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None          # reads it all: torch checks no sums
+    if not everyone(damaged)[0]:
+        return path
+    if not before.is_file():
+        raise UserError(f"{path} is damaged, and there is none before it; another --out starts anew")
+    print0(f"warning: {path} is damaged; {before} serves in its place")
+    return before
+
+
+def save_checkpoint(args, step, parts, more, last=True):
+    """OUT/ckpt.pt, from which the same command goes on: each part's state_dict() by its name, and more.
+    The one before stays as ckpt-before.pt. If it is not the last, a full disk is only a warning."""
+    path = Path(args.out, "ckpt.pt")
     if rank() == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
-        save({"step": step, "args": vars(args), **states, **more}, Path(args.out, "ckpt.pt"))
+        with survive(path, last):
+            if path.is_file():
+                path.with_name("ckpt-before.pt").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):           # a file system without links keeps one
+                    os.link(path, path.with_name("ckpt-before.pt"))
+            save({"step": step, "args": vars(args), **states, **more}, path)
     barrier()
 
 
-def ignore_signals(worker):
-    """For a loader's worker: the main process saves, and then ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def begin_worker(worker):
+    """For a loader's worker: signals and locks are the main process's, which saves, and then ends it."""
+    for known in Stop.signals:
+        signal.signal(known, signal.SIG_IGN)
+    for f in LOCKS:
+        f.close()
 
 
 def micro_batches(args, start):
@@ -1069,9 +1232,22 @@ def micro_batches(args, start):
     return ((step, range(k, k + args.micro)) for step in range(start, args.steps) for k in firsts)
 
 
+def shared_memory():
+    """Bytes that loaders may use to hand their batches over; a container's default is 64 MiB."""
+    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else math.inf
+
+
 def loader(dataset, keys, args):
-    """Iterates over dataset[key] for these keys, made in --workers processes."""
-    how = dict(num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+    """Iterates over dataset[key] for these keys, made in --workers processes. UserError where these would
+    wait for ever, for lack of shared memory."""
+    keys, free = iter(keys), shared_memory()
+    if args.workers and free < 2**30 and (first := next(keys, None)) is not None:
+        need = 2 * args.workers * sum(part.nbytes for part in dataset[first] if torch.is_tensor(part))
+        if need > free:
+            have = f"{need / 2**20:.0f} MiB in /dev/shm, which has {free / 2**20:.0f}"
+            raise UserError(f"--workers {args.workers} need {have}: fewer, or docker run --shm-size=1g")
+        keys = itertools.chain([first], keys)
+    how = dict(num_workers=args.workers, worker_init_fn=begin_worker, pin_memory=torch.cuda.is_available())
     return iter(DataLoader(dataset, batch_size=None, sampler=keys, generator=torch.Generator(), **how))
 
 

@@ -114,6 +114,7 @@ def test_a_run_goes_on_with_its_normalisation_on_a_cache_built_again(chain, tmp_
     measures."""
     shutil.copytree(chain.root / "vae/vae", tmp_path / "vae")
     (tmp_path / "vae/reals.json").unlink()                             # a public VAE comes without statistics
+    (tmp_path / "vae/align.safetensors").unlink()
     shutil.copytree(chain.root / "latents", tmp_path / "latents")
     command = (
         f"{chain.of_data} {chain.sit.replace('--norm std --std 1', f'--norm {norm}')} --vae {tmp_path}/vae"

@@ -455,12 +455,12 @@ def test_a_flag_that_is_new_to_a_checkpoint_counts_as_changed(chain, monkeypatch
     """As somebody who adds a loss term adds its weight: its default goes on, another value does not."""
     add = T.add_run_flags
     monkeypatch.setattr(
-        T, "add_run_flags", lambda p, **k: p.add_argument("--eq", type=float, default=0.0) and add(p, **k)
+        T, "add_run_flags", lambda p, **k: p.add_argument("--mine", type=float, default=0.0) and add(p, **k)
     )
     call(T, f"{chain.stage1} --steps 4 --out {chain.root}/vae")
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was made with --eq 0.0, not 0.5"):
-        call(T, f"{chain.stage1} --steps 4 --eq 0.5 --out {chain.root}/vae")
+    with pytest.raises(ValueError, match="was made with --mine 0.0, not 0.5"):
+        call(T, f"{chain.stage1} --steps 4 --mine 0.5 --out {chain.root}/vae")
 
 
 def test_another_setting_is_refused_by_name(chain):

@@ -946,12 +946,11 @@ def trainer(request, chain, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(trainer, request, tmp_path):
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(trainer, request, tmp_path, capsys):
     run, networks, norms = trainer
     infinite = {"train_vae": "--kl 1e39", "train_sit": "--std 1e30"}[request.node.callspec.params["trainer"]]
-    with pytest.raises(UserError, match="step 0: the gradient is not finite; --clip 1 or --dtype") as e:
-        run(f"{infinite} --out {tmp_path}/run")
-    assert "\n" not in str(e.value) and not norms and not (tmp_path / "run/ckpt.pt").exists()
+    run(f"{infinite} --out {tmp_path}/run")
+    assert "step 0: the gradient is not finite; the step was skipped" in capsys.readouterr().out and not norms
     assert networks and all(V.fingerprint(before) == V.fingerprint(after) for before, after in networks)
 
 
