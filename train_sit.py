@@ -52,6 +52,7 @@ from vae import (
     progress,
     rank,
     read_json,
+    rescue,
     rng,
     run_script,
     same_manifest,
@@ -371,7 +372,11 @@ def main():
     print0(f"{args.process} {args.model}: {count:,} parameters, {len(cache):,} images, {net.classes} classes")
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
-    with lock(args.out), Stop() as stop:
+    def save_now():
+        save_checkpoint(args, done, parts, {**hashes, **reader}, alone=True)
+
+    done = start_step
+    with lock(args.out), Stop() as stop, rescue(save_now):
         log, skipped = Log(args, start_step), 0
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss

@@ -41,6 +41,7 @@ from vae import (
     print0,
     progress,
     rank,
+    rescue,
     rng,
     run_script,
     save_checkpoint,
@@ -310,7 +311,11 @@ def main():
     print0(f"{sum(p.numel() for p in trained):,} parameters, {len(images):,} images")
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
-    with lock(args.out), Stop() as stop:
+    def save_now():
+        save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, alone=True)
+
+    done = start_step
+    with lock(args.out), Stop() as stop, rescue(save_now):
         log, skipped = Log(args, start_step), 0
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):

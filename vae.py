@@ -1110,7 +1110,8 @@ def number(low, high=math.inf, kind=float):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+            bounds = f"{low:g} at least" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: {bounds}")
         return value
 
     parse.__name__ = kind.__name__              # argparse's word for what is no number at all
@@ -1202,10 +1203,11 @@ def whole_checkpoint(args):
     return before
 
 
-def save_checkpoint(args, step, parts, more, last=True):
+def save_checkpoint(args, step, parts, more, last=True, alone=False):
     """OUT/ckpt.pt, from which the same command goes on: each part's state_dict() by its name, and more.
-    The one before stays as ckpt-before.pt. If it is not the last, a full disk is only a warning."""
-    path = Path(args.out, "ckpt.pt")
+    The one before stays as ckpt-before.pt. If it is not the last, a full disk is only a warning. alone: the
+    other processes do not take part."""
+    path, begun = Path(args.out, "ckpt.pt"), time.time()
     if rank() == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
         with survive(path, last):
@@ -1214,7 +1216,21 @@ def save_checkpoint(args, step, parts, more, last=True):
                 with contextlib.suppress(OSError):           # a file system without links keeps one
                     os.link(path, path.with_name("ckpt-before.pt"))
             save({"step": step, "args": vars(args), **states, **more}, path)
-    barrier()
+        if time.time() - begun > 15 and world() > 1:
+            print0(f"note: {path} took {time.time() - begun:.0f} s. 30 s after SIGTERM torchrun kills; newer "
+                   "ones know --shutdown-timeout")
+    if not alone:
+        barrier()
+
+
+@contextlib.contextmanager
+def rescue(save):
+    """Saves what is good before a disk's error ends the run."""
+    try:
+        yield
+    except DiskError:
+        save()
+        raise
 
 
 def begin_worker(worker):

@@ -558,3 +558,118 @@ def test_the_next_line_is_a_command_that_works(chain, tmp_path, capsys):
         text=True,
     )
     assert done.returncode == 0 and (tmp_path / "out/pictures/grid.png").is_file(), done.stderr
+
+
+def test_what_is_good_is_saved_before_a_disks_error_ends_a_run(chain, tmp_path, monkeypatch):
+    draw = train_vae.Draws.draw
+
+    def stale(self, step, place):
+        if step == 3:
+            raise vae.DiskError("x.png: Stale file handle")
+        return draw(self, step, place)
+
+    monkeypatch.setattr(train_vae.Draws, "draw", stale)
+    with pytest.raises(vae.DiskError):
+        call(train_vae, chain.stage1, f"--save-every 100 --steps 8 --out {tmp_path}/run")
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 3
+
+
+# ---------------------------------------------------------------------------------- slow: kills and processes
+
+
+def files_of(folder):
+    """What a job leaves: tensors of checkpoints, arrays, by name."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".npz":
+            with np.load(file) as arrays:
+                found |= {f"{name}/{k}": torch.from_numpy(arrays[k]) for k in arrays.files}
+        elif file.suffix == ".npy":
+            found[name] = torch.from_numpy(np.load(file).astype(np.float64))
+        elif file.name in ("ckpt.pt", "diffusion_pytorch_model.safetensors"):
+            held = vae.read(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            nets = {k: v for k, v in held.items() if k in ("model", "net", "ema")} or {"": held}
+            found |= {f"{name}/{k}/{key}": v for k, net in nets.items() for key, v in net.items()}
+    return found
+
+
+JOBS = {
+    "stage 1": "train_vae.py {c.stage1} --save-every 1 --steps 60 --out {t}",
+    "cache and stage 2": "train_sit.py {c.stage2} --cache {t}/cache --save-every 1 --steps 60 --out {t}/sit",
+    "samples": "sample.py --ckpt {c.root}/sit --npz --num 60 --batch 2 --steps 40 --cfg 2 --out {t}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_ten_kills_at_random_moments_change_nothing(chain, tmp_path, job):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def begin(folder):
+        script, *words = (
+            JOBS[job].format(c=chain, t=tmp_path / folder).replace("--workers 0", "--workers 1").split()
+        )
+        return start(script, words, env=env)
+
+    begun, whole = time.time(), begin("whole")
+    assert whole.wait() == 0, whole.communicate()
+    seconds, seed = time.time() - begun, int.from_bytes(os.urandom(4), "little")
+    print(f"{job}: {seconds:.1f} s, seed {seed}")
+    draws = np.random.default_rng(seed)
+    for _ in range(10):
+        run = begin("killed")
+        time.sleep(draws.uniform(1, seconds))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    run = begin("killed")
+    assert run.wait() == 0, run.communicate()
+    one, other = files_of(tmp_path / "whole"), files_of(tmp_path / "killed")
+    assert one.keys() == other.keys() and len(one) > 2
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def torchrun(processes, script, words):
+    where = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(ROOT / script),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *where, *words.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=env,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_three_train_what_one_does(chain, tmp_path):
+    words = chain.stage2.replace("--batch 8", "--batch 12") + " --schedule constant --dtype fp64"
+    call(train_sit, words, f"--steps 9 --out {tmp_path}/one")
+    for steps, processes in ((3, 2), (6, 1), (9, 3)):
+        run = torchrun(processes, "train_sit.py", f"{words} --steps {steps} --out {tmp_path}/many")
+        out, err = run.communicate(timeout=200)
+        assert run.returncode == 0, err
+    one, other = (torch.load(tmp_path / f"{p}/ckpt.pt", weights_only=True)["net"] for p in ("one", "many"))
+    assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-9
+
+
+@pytest.mark.slow
+def test_a_termination_under_torchrun_saves_and_goes_on(chain, tmp_path):
+    words = chain.stage2.replace("--workers 0", "--workers 1") + " --schedule constant"
+    run = torchrun(2, "train_sit.py", f"{words} --steps 4000 --out {tmp_path}/run")
+    wait_for(tmp_path / "run/ckpt.pt", run)
+    run.terminate()
+    out, err = run.communicate(timeout=100)
+    step = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"]
+    assert f"stopped after step {step}" in out + err, err
+    run = torchrun(2, "train_sit.py", f"{words} --steps {step + 2} --out {tmp_path}/run")
+    out, err = run.communicate(timeout=200)
+    assert run.returncode == 0 and f"going on from step {step}" in out + err, err

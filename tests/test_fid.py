@@ -1081,7 +1081,7 @@ def test_the_command_shares_a_reference_and_keeps_its_statistics(world, quick, m
     assert out.split("\n")[0].split()[-5:] == ["fid", "sfid", "is", "precision", "recall"]
     assert err.count("24/24") == 2 and "20/20" in err and "img/s" in err
     assert [line.split()[0] for line in out.splitlines()[1:]] == [f"{world}/data", f"{tmp_path}/b.npz"]
-    book = json.loads((world / "data" / "results.json").read_text())
+    book = json.loads((world / "results.json").read_text())
     same, other = (book[str(path)]["value"] for path in (world / "data", tmp_path / "b.npz"))
     assert other.keys() == {"n", "fid", "sfid", "is", "precision", "recall"} and other["sfid"] > 0
     assert same["fid"] < 1e-6 * other["fid"] and same["precision"] == same["recall"] == 1
@@ -1172,7 +1172,7 @@ def test_statistics_alone_keep_no_features_of_single_images(world, quick, monkey
 def test_the_command_crops_a_folder_to_one_size(quick, monkeypatch, tmp_path):
     for i, x in enumerate(pictures(12, 24, 20).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(x[:24 - 2 * (i % 2)]).save(tmp_path / f"{i:02d}.png")             # of two heights
-    command(monkeypatch, tmp_path, "--ref", tmp_path, "--size", 16)
+    command(monkeypatch, tmp_path, "--ref", tmp_path, "--size", 16, "--out", tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())[str(tmp_path)]["value"]["n"] == 12
 
 
