@@ -15,6 +15,7 @@ arr_1 labels, and latents. Under torchrun write --num-images: it takes --num for
 """
 import argparse
 import math
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -245,7 +246,7 @@ def write_npz(args, file, paint, y, manifest, image_bytes):
         barrier()
     if rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)          # none, or what a kill left here
-    print0(f"wrote {file}; next:\n  python fid.py {file} --ref VIRTUAL_imagenet256_labeled.npz")
+    print0(f"wrote {file}")
     if rank() > 0 or not args.tasks:
         return None, None
     with np.load(file) as arrays:
@@ -269,6 +270,15 @@ def draw_parts(args, parts, paint):
     barrier()
 
 
+def read_part(file, key):
+    """An array of a part; UserError where the file is damaged."""
+    try:
+        with np.load(file) as arrays:
+            return arrays[key]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{file} is damaged ({e}): delete it, and the same command draws it again") from None
+
+
 def join_parts(args, file, parts, y):
     """All parts as one npz, array after array."""
     files = sorted(parts.glob("*-*.npz"), key=lambda f: int(f.stem.split("-")[0]))
@@ -278,8 +288,7 @@ def join_parts(args, file, parts, y):
         for name, key in (("arr_0", "images"), ("latents", "latents")):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 for k, part in enumerate(files):
-                    with np.load(part) as arrays:
-                        array = arrays[key]
+                    array = read_part(part, key)
                     if k == 0:
                         header = np.lib.format.header_data_from_array_1_0(array)
                         header["shape"] = (args.num, *array.shape[1:])
@@ -335,6 +344,10 @@ def main():
             file = args.npz or f"{args.out}/samples.npz"
             image_bytes = model.settings["input_size"] ** 2 * (3 * vae.f**2 + 4 * model.channels)
             z, images = write_npz(args, file, paint, y, manifest, image_bytes)
+            size, data = model.settings["input_size"] * vae.f, model.info.get("data")
+            imagenet = not data or (len(classes), size) == (1000, 256)
+            ref = "VIRTUAL_imagenet256_labeled.npz" if imagenet else f"{shlex.quote(data)} --size {size}"
+            print0(f"next:\n  python fid.py {shlex.quote(file)} --ref {ref}")
         if tasks is not None and rank() == 0:
             write_tasks(args, tasks, z, images, device)
         barrier()

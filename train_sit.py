@@ -229,7 +229,9 @@ def normalizer(args, vae, cache, ckpt=None):
     kind = args.norm or ("max-min" if stats else "none")
     fallback = ckpt["info"]["normalizer"]["stats"] if ckpt else cache.stats
     norm = Normalizer(kind, stats or fallback, args.std)
-    std = norm.std_of(cache.stats)
+    std, said = norm.std_of(cache.stats), (stats or {}).get("std") or cache.stats["std"]
+    if not 2 / 3 <= said / cache.stats["std"] <= 3 / 2:
+        print0(f"warning: {args.stats or 'reals.json'} says: latents have std {said:.3f}; of another VAE?")
     print0(f"latents: raw std {cache.stats['std']:.4f}; {norm}, std {std:.3f}")
     if not 0.3 <= std <= 3:
         print0(f"warning: the generator's latents have std {std:.3f}, outside 0.3..3; --norm std mends it")
@@ -362,7 +364,7 @@ def main():
         for name, part in parts.items():
             part.load_state_dict(ckpt[name])
         del ckpt
-    info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes}
+    info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes, "data": args.data}
     info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": os.path.relpath(args.vae, args.out)}
     reader = {"settings": net.settings, "info": info}                       # what sample.py reads
 

@@ -574,6 +574,32 @@ def test_what_is_good_is_saved_before_a_disks_error_ends_a_run(chain, tmp_path, 
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 3
 
 
+def test_a_damaged_part_of_an_npz_is_named(chain, tmp_path, monkeypatch):
+    words = f"--ckpt {chain.root}/sit --npz --num 4 --steps 2 --batch 2 --out {tmp_path}/s"
+    join = sample.join_parts
+
+    def cut(args, file, parts, y):
+        part = sorted(parts.glob("*.npz"))[0]
+        part.write_bytes(part.read_bytes()[:-50])
+        join(args, file, parts, y)
+
+    monkeypatch.setattr(sample, "join_parts", cut)
+    with pytest.raises(UserError, match="000000-000001.npz is damaged"):
+        call(sample, words)
+    (tmp_path / "s/parts/000000-000001.npz").unlink()
+    monkeypatch.setattr(sample, "join_parts", join)
+    call(sample, words)
+    assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (4, 32, 32, 3)
+
+
+def test_statistics_of_another_vae_are_warned_of(chain, tmp_path, capsys):
+    stats = json.loads((chain.root / "latents/statistics.json").read_text())
+    for factor in (1, 2):
+        (tmp_path / "stats.json").write_text(json.dumps({**stats, "std": factor * stats["std"]}))
+        call(train_sit, chain.stage2, f"--stats {tmp_path}/stats.json --steps 1 --out {tmp_path}/{factor}")
+        assert ("of another VAE?" in capsys.readouterr().out) == (factor == 2)
+
+
 # ---------------------------------------------------------------------------------- slow: kills and processes
 
 
@@ -595,9 +621,9 @@ def files_of(folder):
 
 
 JOBS = {
-    "stage 1": "train_vae.py {c.stage1} --save-every 1 --steps 60 --out {t}",
-    "cache and stage 2": "train_sit.py {c.stage2} --cache {t}/cache --save-every 1 --steps 60 --out {t}/sit",
-    "samples": "sample.py --ckpt {c.root}/sit --npz --num 60 --batch 2 --steps 40 --cfg 2 --out {t}",
+    "stage 1": "train_vae.py {c.stage1} --save-every 1 --steps 30 --out {t}",
+    "cache and stage 2": "train_sit.py {c.stage2} --cache {t}/cache --save-every 1 --steps 30 --out {t}/sit",
+    "samples": "sample.py --ckpt {c.root}/sit --npz --num 30 --batch 2 --steps 40 --cfg 2 --out {t}",
 }
 
 
