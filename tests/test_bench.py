@@ -28,6 +28,7 @@ def rows(text):
     return [[float(c.replace(",", "")) if number.fullmatch(c) else c for c in row] for row in cells[2:]]
 
 
+@pytest.mark.slow
 def test_fid_prints_our_time_beside_torch_fidelitys_and_that_the_results_agree(out, capsys):
     call(bench, f"fid --images 3 --side 32 --n 40 80 --dim 20 --repeats 1 --out {out}")
     table = rows(capsys.readouterr().out)
@@ -49,7 +50,8 @@ def test_fids_memory_does_not_grow_with_the_images_and_kept_features_show(out):
     assert kept[2] == pytest.approx(14096 * 256 * 4 / 2**30, rel=0.01)
 
 
-@pytest.mark.parametrize("job, more", [("stage1", ""), ("stage2", "--model T")])
+@pytest.mark.parametrize("job, more", [
+    pytest.param("stage1", "", marks=pytest.mark.slow), ("stage2", "--model T")])
 def test_training_prints_speed_and_memory(out, capsys, job, more):
     call(bench, f"{job} {TRAIN} {more} --out {out}")
     (what, setting, rate, memory, mfu), = rows(capsys.readouterr().out)
