@@ -405,7 +405,7 @@ def main():
                 by_time.index_add_(1, (u * 10).long(), counted)
 
             norm_of_gradient = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
-            finite = bool(norm_of_gradient.isfinite())                      # equal on all ranks
+            finite, stopping = stop.look(norm_of_gradient.isfinite())       # equal on all ranks
             skipped = 0 if finite else skipped + 1
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             if finite:
@@ -414,7 +414,7 @@ def main():
             optimizer.zero_grad()
             log.add({"grad norm": norm_of_gradient})
 
-            done, stopping = step + 1, stop.asked()
+            done = step + 1
             bar.update(args.batch)
             if done % args.log_every == 0 or done == args.steps:
                 sums, counts = total(by_time).tolist()

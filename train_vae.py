@@ -360,7 +360,7 @@ def main():
                     (disc_loss / accumulation).backward()
 
             norms = [nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf) for net in nets]
-            finite = bool(torch.stack(norms).isfinite().all())              # equal on all ranks
+            finite, stopping = stop.look(torch.stack(norms).isfinite().all())       # equal on all ranks
             skipped = 0 if finite else skipped + 1
             lr = learning_rate(step, args)
             for optimizer in optimizers:
@@ -370,7 +370,7 @@ def main():
                 optimizer.zero_grad()
             log.add(dict(zip(("grad norm", "disc grad norm"), norms)))
 
-            done, stopping = step + 1, stop.asked()
+            done = step + 1
             bar.update(args.batch)
             if done % args.log_every == 0 or done == args.steps:
                 log.line(done, {"lr": lr, "PSNR": reconstruct(stage1.vae, watched)[1]})

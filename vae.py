@@ -971,9 +971,12 @@ class Stop:
 
     __exit__ = restore
 
-    def asked(self):
-        """Whether some rank was sent a signal: equal on all ranks."""
-        return bool(total(torch.tensor(self.signal)))
+    def look(self, finite):
+        """Of all ranks: whether `finite`, a 0-d bool tensor, holds on each, and whether some rank was sent a
+        signal. Both in one look, because the host waits for the device meanwhile."""
+        asked = torch.full((), bool(self.signal), device=finite.device)
+        bad, asked = total(torch.stack([~finite, asked]).float()).tolist()
+        return not bad, bool(asked)
 
     def leave(self, step):
         """After the last save: says so, and exits as a process ended by that signal does."""

@@ -507,7 +507,10 @@ def test_one_step_that_is_not_finite_is_skipped_by_weights_moments_and_ema(
 def test_a_hung_up_terminal_is_like_a_termination():
     with vae.Stop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.asked() and stop.signal == signal.SIGHUP
+        assert stop.look(torch.tensor(True)) == (True, True) and stop.signal == signal.SIGHUP
+    with vae.Stop() as stop:
+        assert stop.look(torch.tensor(True)) == (True, False)
+        assert stop.look(torch.tensor(False)) == (False, False)
 
 
 # -------------------------------------------------------------------------------------------- small and moved
