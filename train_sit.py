@@ -9,6 +9,7 @@ EMA at each milestone.
 """
 import argparse
 import copy
+import errno
 import functools
 import math
 import os
@@ -195,8 +196,17 @@ def make_arrays(folder, shape, manifest):
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, its_shape).flush()
         if hasattr(os, "posix_fallocate"):                # a full disk says so now; later it would kill
             with open(folder / f"{name}.npy", "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, (folder / f"{name}.npy").stat().st_size)
+                reserve(f)
     save(manifest, folder / "manifest.json")
+
+
+def reserve(file):
+    """Takes a file's space on its disk, where the file system knows how."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 @torch.no_grad()

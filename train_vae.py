@@ -287,7 +287,7 @@ def main():
         parts |= {"disc": disc, "disc optimizer": optimizers[1]}
 
     hashes = {"data": images.fingerprint, "init": fingerprint(stage1.vae) if args.init != "none" else None}
-    hashes["teacher"] = fingerprint(teacher) if teacher is not None else None
+    hashes |= {k: net and fingerprint(net) for k, net in {"teacher": teacher, "lpips": lpips}.items()}
     may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
     start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)
     if ckpt is not None:

@@ -705,7 +705,7 @@ class Images(Dataset):
         for folder, folders, files in os.walk(self.root, followlinks=True):
             here, there = os.path.realpath(folder), Path(folder).relative_to(self.root).as_posix()
             real = {d: os.path.realpath(os.path.join(folder, d)) for d in folders if d[0] != "."}
-            folders[:] = [d for d in real if os.path.commonpath([here, real[d]]) != real[d]]
+            folders[:] = [d for d in real if not Path(here).is_relative_to(real[d])]
             yield from (f if there == "." else f"{there}/{f}" for f in files)
 
     def open(self, path):
@@ -1055,7 +1055,8 @@ def run_script(main):
     and status 1; a bug, of any process, in its traceback."""
     script, status = Path(sys.argv[0]).name, 0
     for stream in (sys.stdout, sys.stderr):         # a console that cannot show a name shows its bytes
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
