@@ -231,6 +231,14 @@ def encode(args, vae, images, folder, device, chunk, flips):
     bar.close()
 
 
+def relative(path, folder):
+    """A path as it is seen from a folder; as it is where they share no disk."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(path)
+
+
 def normalizer(args, vae, cache, ckpt=None):
     """Eq. 7-8 for this VAE, by the statistics of --stats or its folder, else the checkpoint's or cache's."""
     stats = vae.info.get("latents")
@@ -375,7 +383,7 @@ def main():
             part.load_state_dict(ckpt[name])
         del ckpt
     info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes, "data": args.data}
-    info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": os.path.relpath(args.vae, args.out)}
+    info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": relative(args.vae, args.out)}
     reader = {"settings": net.settings, "info": info}                       # what sample.py reads
 
     model = DDP(net) if world() > 1 else net

@@ -288,7 +288,7 @@ def main():
 
     hashes = {"data": images.fingerprint, "init": fingerprint(stage1.vae) if args.init != "none" else None}
     hashes |= {k: net and fingerprint(net) for k, net in {"teacher": teacher, "lpips": lpips}.items()}
-    may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
+    may_change = ["steps", "epochs"] if args.schedule == "constant" else []     # a constant rate may go on
     start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)
     if ckpt is not None:
         start_step = ckpt["step"]

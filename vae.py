@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -539,6 +540,8 @@ def save(obj, path):
             torch.save(obj, f)
         except RuntimeError as e:              # torch's writer hides what the disk said
             why = e.__context__ or e
+            if not isinstance(why, OSError) and "PytorchStreamWriter" not in str(e):
+                raise
             raise OSError(getattr(why, "errno", None) or errno.EIO, str(why), str(path)) from e
 
 
@@ -710,7 +713,7 @@ class Images(Dataset):
 
     def open(self, path):
         """The file under one of these paths, for reading."""
-        if not os.path.isfile(self.root / path):         # a dead link; a pipe, which would wait
+        if not stat.S_ISREG(os.stat(self.root / path).st_mode):         # a pipe would wait
             raise FileNotFoundError(f"no regular file: {path}")
         return open(self.root / path, "rb")
 
@@ -785,7 +788,9 @@ class Images(Dataset):
             try:
                 with self.open(self.paths[k * len(self) // min(256, len(self))]) as f:
                     h.update(f.read(2**14))
-            except OSError:
+            except OSError as e:
+                if e.errno in DISK:
+                    raise
                 h.update(b"not read")
         return h.hexdigest()
 
@@ -957,7 +962,8 @@ class Stop:
     signal = 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in self.signals}
+        heard = [n for n in self.signals if signal.getsignal(n) is not signal.SIG_IGN]      # as nohup does
+        self.before = {number: signal.signal(number, self.ask) for number in heard}
         return self
 
     def ask(self, number, frame):
@@ -1184,7 +1190,7 @@ def last_checkpoint(args, flags, hashes, may_change=()):
             flag = f"--{key.replace('_', '-')} {old[key]}"
             raise UserError(f"{path} was made with {flag}, not {value}; another --out starts anew")
     for what, value in hashes.items():
-        if ckpt[what] != value:
+        if ckpt.get(what, value) != value:
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
     told = [f", --{k} {changed[k]} in place of {old[k]}" for k in ("clip", "dtype") if k in changed]
     told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in vars(args)]
@@ -1193,18 +1199,24 @@ def last_checkpoint(args, flags, hashes, may_change=()):
 
 
 def whole_checkpoint(args):
-    """OUT/ckpt.pt, or where the first process finds it damaged the one before it."""
+    """OUT/ckpt.pt; where the first process finds it damaged, the one before it takes its place."""
     path, before = (Path(args.out, name) for name in ("ckpt.pt", "ckpt-before.pt"))
     damaged = rank() == 0 and path.is_file()
     if damaged:
-        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None          # reads it all: torch checks no sums
-    if not everyone(damaged)[0]:
-        return path
-    if not before.is_file():
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() is not None      # reads it all: torch checks no sums
+        except OSError:
+            raise
+        except Exception:                                    # damage shows in many ways
+            damaged = True
+    if damaged and before.is_file():
+        os.replace(before, path)
+        print0(f"warning: {path} is damaged; the one before it takes its place")
+        damaged = False
+    if everyone(damaged)[0]:
         raise UserError(f"{path} is damaged, and there is none before it; another --out starts anew")
-    print0(f"warning: {path} is damaged; {before} serves in its place")
-    return before
+    return path
 
 
 def save_checkpoint(args, step, parts, more, last=True, alone=False):
@@ -1229,7 +1241,7 @@ def save_checkpoint(args, step, parts, more, last=True, alone=False):
 
 @contextlib.contextmanager
 def rescue(save):
-    """Saves what is good before a disk's error ends the run."""
+    """Saves what is good before a disk's error, of the first process, ends the run."""
     try:
         yield
     except DiskError:
@@ -1262,7 +1274,8 @@ def loader(dataset, keys, args):
     wait for ever, for lack of shared memory."""
     keys, free = iter(keys), shared_memory()
     if args.workers and free < 2**30 and (first := next(keys, None)) is not None:
-        need = 2 * args.workers * sum(part.nbytes for part in dataset[first] if torch.is_tensor(part))
+        loaders = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        need = 2 * loaders * sum(part.nbytes for part in dataset[first] if torch.is_tensor(part))
         if need > free:
             have = f"{need / 2**20:.0f} MiB in /dev/shm, which has {free / 2**20:.0f}"
             raise UserError(f"--workers {args.workers} need {have}: fewer, or docker run --shm-size=1g")

@@ -156,6 +156,21 @@ def test_a_disks_error_is_tried_again_and_then_ends_the_run(tmp_path, monkeypatc
     assert times == ["a/1.png"] * 3
 
 
+def test_a_disk_that_fails_where_a_file_is_looked_at_is_no_dead_link(tmp_path, monkeypatch):
+    write_picture(tmp_path / "a/1.png")
+    images, looked = vae.Images(tmp_path, 8), os.stat
+
+    def stale(path, *args, **more):
+        if str(path).endswith("1.png"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return looked(path, *args, **more)
+
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setattr(vae.os, "stat", stale)
+    with pytest.raises(vae.DiskError, match="Stale"):
+        images.first_readable(0)
+
+
 def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
     os.mkdir(tmp_path / "a")
     write_picture(tmp_path / "x.png")
@@ -508,9 +523,12 @@ def test_a_hung_up_terminal_is_like_a_termination():
     with vae.Stop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.look(torch.tensor(True)) == (True, True) and stop.signal == signal.SIGHUP
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)                # as nohup does
     with vae.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
         assert stop.look(torch.tensor(True)) == (True, False)
         assert stop.look(torch.tensor(False)) == (False, False)
+    signal.signal(signal.SIGHUP, ignored)
 
 
 # -------------------------------------------------------------------------------------------- small and moved
