@@ -97,7 +97,7 @@ def test_an_npz_is_named_or_lies_with_its_pictures(chain, tmp_path, monkeypatch)
 
 def test_seeds_that_differ_in_the_high_bits_differ(base, tmp_path):
     for seed in (5, 5 + 2**32):
-        call(S, base[0].replace("64", "4"), f"--npz --seed {seed} --out {tmp_path}/{seed}")
+        call(S, base[0].replace("--num 64", "--num 4"), f"--npz --seed {seed} --out {tmp_path}/{seed}")
     assert not np.array_equal(images(tmp_path / "5")[1], images(tmp_path / str(5 + 2**32))[1])
 
 
