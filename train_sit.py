@@ -8,6 +8,7 @@ time, noise and label drop are drawn at each step. OUT holds ckpt.pt to go on fr
 EMA at each milestone.
 """
 import argparse
+import contextlib
 import copy
 import errno
 import functools
@@ -46,14 +47,12 @@ from vae import (
     micro_batches,
     missing_ranges,
     normal,
-    not_finite,
     number,
     positive,
     print0,
     progress,
     rank,
     read_json,
-    rescue,
     rng,
     run_script,
     same_manifest,
@@ -164,7 +163,7 @@ def open_cache(args, vae, images, device, chunk=64):
     whole = begun and bool(open_array(folder / "done.npy", "r", shape[:1]).all())
     if not all(everyone(whole)):                          # asked once, together: others may be slow to look
         with lock(folder, "--cache"):
-            if rank() == 0 and not begun:
+            if rank() == 0 and not same_manifest(folder, manifest, "--cache"):
                 make_arrays(folder, shape, manifest)
             barrier()
             encode(args, vae, images, folder, device, chunk, flips)
@@ -215,7 +214,8 @@ def encode(args, vae, images, folder, device, chunk, flips):
     names = "moments", "labels", "done"
     moments, labels, done = (open_array(folder / f"{name}.npy", "r+") for name in names)
     bar = progress(len(images), "encoding", done=int(done.sum()))
-    for first, x, y in loader(Chunks(images), missing_ranges(done, chunk), args):
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # one machine: two would share pages of the map
+    for first, x, y in loader(Chunks(images), missing_ranges(done, chunk, local), args):
         x = from_uint8(x.to(device))
         views = torch.stack([vae.moments(v) for v in (x, x.flip(-1))[:flips]], 1).half()    # [B,2,2C,h,w]
         if not views.isfinite().all():
@@ -227,16 +227,8 @@ def encode(args, vae, images, folder, device, chunk, flips):
         labels.flush()
         done[place] = 1
         done.flush()
-        bar.update(min(len(x) * world(), len(images) - bar.n))
+        bar.update(min(len(x) * local, len(images) - bar.n))
     bar.close()
-
-
-def relative(path, folder):
-    """A path as it is seen from a folder; as it is where they share no disk."""
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:
-        return str(path)
 
 
 def normalizer(args, vae, cache, ckpt=None):
@@ -352,7 +344,6 @@ def mfu(net, rate):
     return {"MFU": 3 * flops(net) * rate / (peak[0] * world())} if peak else {}
 
 
-
 def main():
     args = flags()
     device = start(args)
@@ -383,7 +374,9 @@ def main():
             part.load_state_dict(ckpt[name])
         del ckpt
     info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes, "data": args.data}
-    info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": relative(args.vae, args.out)}
+    info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": args.vae}
+    with contextlib.suppress(ValueError):                                   # on Windows, on another drive
+        info["vae"]["beside"] = os.path.relpath(args.vae, args.out)
     reader = {"settings": net.settings, "info": info}                       # what sample.py reads
 
     model = DDP(net) if world() > 1 else net
@@ -396,8 +389,8 @@ def main():
         save_checkpoint(args, done, parts, {**hashes, **reader}, alone=True)
 
     done = start_step
-    with lock(args.out), Stop() as stop, rescue(save_now):
-        log, skipped = Log(args, start_step), 0
+    with lock(args.out), Stop(save_now) as stop:
+        log = Log(args, start_step)
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss
         for step in range(start_step, args.steps):
@@ -423,8 +416,7 @@ def main():
                 by_time.index_add_(1, (u * 10).long(), counted)
 
             norm_of_gradient = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
-            finite, stopping = stop.look(norm_of_gradient.isfinite())       # equal on all ranks
-            skipped = 0 if finite else skipped + 1
+            finite, stopping = stop.look((norm_of_gradient + loss.detach()).isfinite())
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             if finite:
                 optimizer.step()
@@ -439,7 +431,7 @@ def main():
                 means = [a / b if b else None for a, b in zip(sums, counts)]
                 log.line(done, {"lr": lr, **mfu(net, log.rate(done)), "by time": means})
                 by_time.zero_()
-            last = done == args.steps or stopping or skipped == 10
+            last = done == args.steps or stopping
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
                 with survive(f"{args.out}/pictures", last):
                     sample_grid(args, ema, norm, vae, images.classes, f"{args.out}/pictures/{done:07d}.png")
@@ -448,10 +440,7 @@ def main():
                     save({"step": done, "ema": ema.state_dict(), **reader}, f"{args.out}/{done:07d}.pt")
             if done % args.save_every == 0 or last:
                 save_checkpoint(args, done, parts, {**hashes, **reader}, last)
-            if skipped:
-                not_finite(step, skipped)
-            if stopping:
-                stop.leave(done)
+            stop.heed(step)
         bar.close()
     guided = " --cfg 1.8" if net.classes else ""
     print0(f"{args.out} is finished; next:\n  python sample.py --ckpt {shlex.quote(args.out)}{guided}")

@@ -35,13 +35,11 @@ from vae import (
     lock,
     micro_batches,
     normal,
-    not_finite,
     number,
     positive,
     print0,
     progress,
     rank,
-    rescue,
     rng,
     run_script,
     save_checkpoint,
@@ -265,7 +263,6 @@ def learning_rate(step, args):
     return args.lr * scale
 
 
-
 def main():
     args = flags()
     device = start(args)
@@ -294,6 +291,7 @@ def main():
         start_step = ckpt["step"]
         for name, part in parts.items():
             part.load_state_dict(ckpt[name])
+        del ckpt
     if start_step == args.steps and Path(args.out, "vae", "reals.json").is_file():
         return print0(f"{args.out} is finished")
 
@@ -315,8 +313,8 @@ def main():
         save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, alone=True)
 
     done = start_step
-    with lock(args.out), Stop() as stop, rescue(save_now):
-        log, skipped = Log(args, start_step), 0
+    with lock(args.out), Stop(save_now) as stop:
+        log = Log(args, start_step)
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):
             for k in range(accumulation):
@@ -360,8 +358,7 @@ def main():
                     (disc_loss / accumulation).backward()
 
             norms = [nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf) for net in nets]
-            finite, stopping = stop.look(torch.stack(norms).isfinite().all())       # equal on all ranks
-            skipped = 0 if finite else skipped + 1
+            finite, stopping = stop.look(torch.stack([*norms, loss.detach()]).isfinite().all())
             lr = learning_rate(step, args)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
@@ -374,16 +371,13 @@ def main():
             bar.update(args.batch)
             if done % args.log_every == 0 or done == args.steps:
                 log.line(done, {"lr": lr, "PSNR": reconstruct(stage1.vae, watched)[1]})
-            last = done == args.steps or stopping or skipped == 10
+            last = done == args.steps or stopping
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
                 with survive(f"{args.out}/pictures", last):
                     picture(stage1, watched, watched_targets, f"{args.out}/pictures/{done:07d}.png")
             if done % args.save_every == 0 or last:
                 save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, last)
-            if skipped:
-                not_finite(step, skipped)
-            if stopping:
-                stop.leave(done)
+            stop.heed(step)
         bar.close()
         stop.restore()
         finish(args, stage1, teacher, images, device, dtype)

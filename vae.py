@@ -564,9 +564,10 @@ def load_file(path):
     """What torch.save wrote, tensors and plain values only: nothing is executed, what is used is read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    try:                                     # compressed files cannot be mapped
-        plain = zipfile.is_zipfile(path) and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
+    try:             # compressed files cannot be mapped; on Windows a mapped one could not be replaced
+        mapped = os.name != "nt" and zipfile.is_zipfile(path)
+        mapped = mapped and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:
         with open(path, "rb") as f:
             why = f"not a whole PyTorch weight file (begins with {f.read(12)!r}); get it again"
@@ -931,7 +932,8 @@ def memory():
     """Peak memory in GiB: of the GPU, or of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else 0.0
+    unit = 2**30 if sys.platform == "darwin" else 2**20          # of bytes there, of KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
 LOCKS = []      # open lock files; a loader closes its copies, or it would hold them for a killed run
@@ -941,8 +943,12 @@ LOCKS = []      # open lock files; a loader closes its copies, or it would hold 
 def lock(folder, flag="--out", wait=False):
     """Makes a folder and holds it for the run whose first process this is, until the block ends. A folder
     that another run holds is refused, or waited for."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder, ".lock"), "w") as f:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        f = open(Path(folder, ".lock"), "w")
+    except OSError as e:
+        raise UserError(f"{folder}: no folder to write to ({e}); {flag} names another one") from None
+    with f:
         try:
             if fcntl is not None and (rank() == 0 or wait):
                 fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -955,11 +961,14 @@ def lock(folder, flag="--out", wait=False):
 
 
 class Stop:
-    """`with Stop() as stop`: in the block, SIGINT, SIGTERM and SIGHUP only ask, so that the loop can save and
-    leave. A second SIGINT ends the program at once."""
+    """`with Stop(save) as stop`: in the block, SIGINT, SIGTERM and SIGHUP only ask, so that the loop can save
+    and leave. A second SIGINT ends the program at once, a disk's error of the first process after save()."""
 
     signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    signal = 0
+    signal = skipped = 0
+
+    def __init__(self, save=lambda: None):
+        self.save = save
 
     def __enter__(self):
         heard = [n for n in self.signals if signal.getsignal(n) is not signal.SIG_IGN]      # as nohup does
@@ -970,32 +979,37 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def restore(self, *error):
+    def restore(self):
         """From now on the signals end the program again."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    __exit__ = restore
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, DiskError):
+            self.save()
+        self.restore()
 
     def look(self, finite):
-        """Of all ranks: whether `finite`, a 0-d bool tensor, holds on each, and whether some rank was sent a
-        signal. Both in one look, because the host waits for the device meanwhile."""
+        """Of all ranks: whether `finite`, a 0-d bool tensor, holds on each; and whether this step is the
+        last: after a signal to one of them, or ten steps in a row that were not finite. Both in one look,
+        because the host waits for the device meanwhile."""
         asked = torch.full((), bool(self.signal), device=finite.device)
         bad, asked = total(torch.stack([~finite, asked]).float()).tolist()
-        return not bad, bool(asked)
+        self.asked, self.skipped = bool(asked), self.skipped + 1 if bad else 0
+        return not bad, self.asked or self.skipped == 10
 
-    def leave(self, step):
-        """After the last save: says so, and exits as a process ended by that signal does."""
-        print0(f"stopped after step {step}; the same command goes on from there")
-        sys.exit(128 + (self.signal or signal.SIGTERM))
-
-
-def not_finite(step, times):
-    """Says that a step was skipped, its gradient not being finite; UserError at the tenth in a row."""
-    text = f"step {step}: the gradient is not finite; the step was skipped; --clip 1 or --dtype fp32 may help"
-    if times >= 10:
-        raise UserError(f"{text} (ten steps in a row)")
-    print0(f"warning: {text}")
+    def heed(self, step):
+        """After a step and its save: warns where it was skipped; at the tenth in a row UserError; after a
+        signal exits, as a process ended by it does."""
+        if self.skipped:
+            text = f"step {step}: the gradient is not finite; the step was skipped; --clip 1 may help"
+            text += ", or --dtype fp32 in the place of bf16"
+            if self.skipped == 10:
+                raise UserError(f"{text} (ten steps in a row)")
+            print0(f"warning: {text}")
+        if self.asked:
+            print0(f"stopped after step {step + 1}; the same command goes on from there")
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -1169,6 +1183,11 @@ MAY_CHANGE_ON_RESUME += "out data val vae cache stats".split()    # places: what
 MAY_CHANGE_ON_RESUME += "clip dtype".split()                      # they help where a gradient was not finite
 
 
+def plain(args):
+    """The flags as JSON knows them: what a checkpoint keeps, and compares."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
 def last_checkpoint(args, flags, hashes, may_change=()):
     """The OUT/ckpt.pt that this command goes on from, or None; all ranks must see the same one. UserError
     where it was made with other flags (but for may_change) or with other hashes. A flag that it
@@ -1182,9 +1201,10 @@ def last_checkpoint(args, flags, hashes, may_change=()):
     same_for_all({f"the hash of {what}": value for what, value in hashes.items()})
     if ckpt is None:
         return None
-    unknown = vars(args).keys() - ckpt["args"].keys()
-    old = {**{k: v for k, v in vars(flags(unknown)).items() if k in unknown}, **ckpt["args"]}
-    changed = {k: v for k, v in vars(args).items() if k in old and old[k] != v and k not in may_change}
+    now, old = plain(args), ckpt["args"]
+    unknown = now.keys() - old.keys()
+    old = {**{k: v for k, v in plain(flags(unknown)).items() if k in unknown}, **old}
+    changed = {k: v for k, v in now.items() if k in old and old[k] != v and k not in may_change}
     for key, value in changed.items():
         if key not in MAY_CHANGE_ON_RESUME:
             flag = f"--{key.replace('_', '-')} {old[key]}"
@@ -1193,7 +1213,7 @@ def last_checkpoint(args, flags, hashes, may_change=()):
         if ckpt.get(what, value) != value:
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
     told = [f", --{k} {changed[k]} in place of {old[k]}" for k in ("clip", "dtype") if k in changed]
-    told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in vars(args)]
+    told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in now]
     print0(f"{path}: going on from step {ckpt['step']}" + "".join(told))
     return ckpt
 
@@ -1231,22 +1251,12 @@ def save_checkpoint(args, step, parts, more, last=True, alone=False):
                 path.with_name("ckpt-before.pt").unlink(missing_ok=True)
                 with contextlib.suppress(OSError):           # a file system without links keeps one
                     os.link(path, path.with_name("ckpt-before.pt"))
-            save({"step": step, "args": vars(args), **states, **more}, path)
+            save({"step": step, "args": plain(args), **states, **more}, path)
         if time.time() - begun > 15 and world() > 1:
             print0(f"note: {path} took {time.time() - begun:.0f} s. 30 s after SIGTERM torchrun kills; newer "
                    "ones know --shutdown-timeout")
     if not alone:
         barrier()
-
-
-@contextlib.contextmanager
-def rescue(save):
-    """Saves what is good before a disk's error, of the first process, ends the run."""
-    try:
-        yield
-    except DiskError:
-        save()
-        raise
 
 
 def begin_worker(worker):
@@ -1294,14 +1304,14 @@ def same_manifest(folder, manifest, flag):
     return bool(there)
 
 
-def missing_ranges(done, size):
-    """The gaps in what is done (bools), as ranges of at most `size`: this rank's share of those that the
-    first rank sees. All ranks ask together, before any of them fills a gap."""
+def missing_ranges(done, size, ranks=None):
+    """The gaps in what is done (bools), as ranges of at most `size`, which the first rank sees: this rank's
+    share, shared by all or by the first so many. All ask together, before any of them fills a gap."""
     done = everyone(np.asarray(done, np.int8))[0]
     edges = np.flatnonzero(np.diff(np.concatenate([[1], done, [1]])))  # where gaps begin and end, in turn
     gaps = zip(edges[::2].tolist(), edges[1::2].tolist())
     ranges = [range(a, min(a + size, end)) for begin, end in gaps for a in range(begin, end, size)]
-    return ranges[rank()::world()]
+    return ranges[rank()::ranks or world()] if rank() < (ranks or world()) else []
 
 
 def check_space(folder, size, flag):

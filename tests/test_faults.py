@@ -425,6 +425,50 @@ def test_a_killed_run_goes_on_at_once_and_ends_where_an_uninterrupted_one_does(
     assert all(torch.equal(one[name][k], other[name][k]) for k in one[name])
 
 
+def test_a_place_that_cannot_be_written_to_is_named_with_its_flag(chain, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="file: no folder to write to .*--out names another one"):
+        call(train_sit, chain.stage2, f"--steps 1 --out {tmp_path}/file")
+
+
+def test_a_flag_that_is_a_path_is_kept_and_compared(chain, tmp_path, monkeypatch):
+    """What somebody may add, argparse knowing how to make a Path."""
+    flags, own = train_sit.flags, {"extra": Path("one")}
+
+    def more(ungiven=()):
+        args = flags(ungiven)
+        args.extra = Path("a default") if "extra" in ungiven else own["extra"]
+        return args
+
+    monkeypatch.setattr(train_sit, "flags", more)
+    words = f"{chain.stage2} --schedule constant --out {tmp_path}/run"
+    call(train_sit, words, "--steps 1")
+    call(train_sit, words, "--steps 2")
+    own["extra"] = Path("two")
+    with pytest.raises(UserError, match="was made with --extra one, not two"):
+        call(train_sit, words, "--steps 3")
+
+
+def test_a_cache_is_filled_by_the_processes_of_one_machine(monkeypatch):
+    """Two machines would write pages of one file, each with its own view of the others' bytes."""
+    done = np.zeros(100, bool)
+    done[30:40] = True
+    monkeypatch.setattr(vae, "world", lambda: 4)
+    monkeypatch.setattr(vae, "everyone", lambda obj: [obj] * 4)
+
+    def shares(*ranks):
+        found = []
+        for k in range(4):
+            monkeypatch.setattr(vae, "rank", lambda k=k: k)
+            found.append([i for part in vae.missing_ranges(done, 8, *ranks) for i in part])
+        return found
+
+    assert all(shares()) and sorted(sum(shares(), [])) == np.flatnonzero(~done).tolist()
+    first, second, *others = shares(2)
+    assert first and second and others == [[], []]
+    assert sorted(first + second) == np.flatnonzero(~done).tolist()
+
+
 def test_locks_that_a_disk_does_not_know_are_a_warning(tmp_path, monkeypatch, capsys):
     def refuses(f, how):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -517,6 +561,19 @@ def test_one_step_that_is_not_finite_is_skipped_by_weights_moments_and_ema(
         after["step"] == 2
         and json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["loss"] > 0
     )
+
+
+def test_a_loss_that_is_not_a_number_skips_its_step_though_the_gradient_is_one(
+    chain, tmp_path, monkeypatch
+):
+    loss = sit.Flow.loss
+    monkeypatch.setattr(sit.Flow, "loss", lambda *args: loss(*args) + torch.nan)    # of no gradient
+    with pytest.raises(UserError, match="ten steps in a row"):
+        call(train_sit, chain.stage2, f"--steps 12 --out {tmp_path}/run")
+    mse = train_vae.F.mse_loss
+    monkeypatch.setattr(train_vae.F, "mse_loss", lambda *args: mse(*args) + torch.nan)
+    with pytest.raises(UserError, match="ten steps in a row"):
+        call(train_vae, chain.stage1, f"--steps 12 --out {tmp_path}/vae")
 
 
 def test_a_hung_up_terminal_is_like_a_termination():
