@@ -705,11 +705,15 @@ class Images(Dataset):
         self.labels = np.array([number.get(name, -1) for name in names])
 
     def find(self):
-        """The paths of all files, relative to the root; not of hidden folders, nor by a link to one above."""
+        """The paths of all files, relative to the root; each real folder once on a path, and no hidden one."""
+        above = {os.fspath(self.root): {os.path.realpath(self.root)}}       # the real folders down to each
         for folder, folders, files in os.walk(self.root, followlinks=True):
-            here, there = os.path.realpath(folder), Path(folder).relative_to(self.root).as_posix()
-            real = {d: os.path.realpath(os.path.join(folder, d)) for d in folders if d[0] != "."}
-            folders[:] = [d for d in real if not Path(here).is_relative_to(real[d])]
+            there, down = Path(folder).relative_to(self.root).as_posix(), above.pop(folder)
+            for name in [d for d in folders if d[0] != "."]:
+                real = os.path.realpath(os.path.join(folder, name))
+                if not any(Path(one).is_relative_to(real) for one in down):
+                    above[os.path.join(folder, name)] = down | {real}
+            folders[:] = [d for d in folders if os.path.join(folder, d) in above]
             yield from (f if there == "." else f"{there}/{f}" for f in files)
 
     def open(self, path):

@@ -99,6 +99,11 @@ def test_each_real_folder_is_walked_once_and_hidden_ones_are_no_classes(tmp_path
     assert images.classes == ["a", "b", "c", "d"] and len(images) == 4
     (tmp_path / "link").symlink_to(tmp_path / "train")
     assert vae.Images(tmp_path / "link", 8).paths == images.paths
+    for one, other in ("xy", "yx"):  # two that point at each other
+        write_picture(tmp_path / f"mutual/{one}/1.png")
+        (tmp_path / f"mutual/{one}/to_{other}").symlink_to(tmp_path / "mutual" / other)
+    paths = ["x/1.png", "x/to_y/1.png", "y/1.png", "y/to_x/1.png"]
+    assert vae.Images(tmp_path / "mutual", 8).paths == paths
 
 
 def test_pictures_of_a_strange_kind_are_counted_and_a_pipe_is_named(tmp_path, capsys):
