@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from dino import Depth, Segmenter, color_depth, foreground, pca
 from sit import PUBLIC, Diffusion, Flow, Guided, SiT, check_sampling, process_of
 from vae import (
+    ENCODER,
     VAE,
     Align,
     Normalizer,
@@ -64,7 +65,7 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="out/sit", help="a run of train_sit.py, its file, a public name or file")
     p.add_argument("--process", choices=["sit", "dit", "repa"], help="what a bare file was trained for")
-    p.add_argument("--vae", help="in place of the one that the checkpoint names, of the same weights")
+    p.add_argument("--vae", help="in place of the one that the checkpoint names, of the same encoder")
     p.add_argument("--out", help="folder; default: out/pictures, with --npz out/samples or FILE less .npz")
     p.add_argument("--num", "--num-images", type=positive, default=16, help="number of images")
     p.add_argument("--npz", nargs="?", const="", metavar="FILE", help="one FILE.npz in place of PNGs")
@@ -96,7 +97,7 @@ def flags():
 
 def load(ckpt, vae=None, process=None):
     """All on the way from noise to a picture -> model, VAE, normalizer, class names, of a checkpoint of ours
-    or a public one. vae: in place of the checkpoint's own, of the same weights; process: of a bare file."""
+    or a public one. vae: in place of the checkpoint's own, of the same encoder; process: of a bare file."""
     if str(ckpt) not in PUBLIC and not Path(ckpt).exists():
         raise UserError(f"--ckpt {ckpt}: no checkpoint here; train_sit.py makes one, SiT-XL/2 is public")
     model = SiT.load(ckpt, process)
@@ -109,8 +110,8 @@ def load(ckpt, vae=None, process=None):
         vae = VAE.load(source)
     except UserError as e:
         raise UserError(f"{e}; --vae names another place of it") from None
-    if model.info and fingerprint(vae) != model.info["vae"]["hash"]:
-        raise UserError(f"{ckpt} was trained on another VAE than {source}; --vae names the right one")
+    if model.info and fingerprint(vae, ENCODER) != model.info["vae"]["hash"]:
+        raise UserError(f"{ckpt} was trained on another encoder's latents than {source}'s; see --vae")
     if vae.z_channels != model.channels:
         raise UserError(f"{ckpt} makes {model.channels} latent channels, this VAE decodes {vae.z_channels}")
     return model, vae, Normalizer(**model.info.get("normalizer", {})), model.info.get("classes", [])

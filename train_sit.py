@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from dino import load_teacher
 from sit import Guided, SiT, process_of, repa_loss, size
 from vae import (
+    ENCODER,
     PAPER,
     SMALL,
     VAE,
@@ -155,8 +156,8 @@ def open_cache(args, vae, images, device, chunk=64):
     The statistics of its latents lie beside it."""
     side, flips = args.size // vae.f, 1 if args.no_flip else 2
     shape = (len(images), flips, 2 * vae.z_channels, side, side)
-    manifest = {"vae": fingerprint(vae), "data": images.fingerprint, "size": args.size, "shape": shape}
-    manifest["classes"] = images.classes
+    manifest = {"vae": fingerprint(vae, ENCODER), "data": images.fingerprint, "size": args.size}
+    manifest |= {"shape": shape, "classes": images.classes}
     name = f"{manifest['vae'][:8]}-{manifest['data'][:8]}-{args.size}-{flips}"
     folder = Path(args.cache or f"out/latents/{name}")
     begun = same_manifest(folder, manifest, "--cache")
@@ -360,7 +361,7 @@ def main():
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
 
-    hashes = {"data": images.fingerprint, "vae": fingerprint(vae)}
+    hashes = {"data": images.fingerprint, "vae": fingerprint(vae, ENCODER)}
     hashes["teacher"] = fingerprint(teacher) if teacher is not None else None
     may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
     start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)

@@ -40,6 +40,7 @@ from vae import (
     print0,
     progress,
     rank,
+    read,
     rng,
     run_script,
     save_checkpoint,
@@ -50,6 +51,7 @@ from vae import (
     survive,
     to_uint8,
     world,
+    write_safetensors,
 )
 
 
@@ -75,7 +77,8 @@ def flags(ungiven=()):
     p.add_argument("--lpips", help="LPIPS's linear layers; default: the public ones, with the public VGG")
     p.add_argument("--kl", type=number(0), default=2e-5, help="weight of KL, summed over the latent")
     p.add_argument("--align", type=number(0), default=1.0, help="weight of the alignment; 0: no DINOv2")
-    p.add_argument("--train", choices=["vae", "align"], default="vae", help="align: the MLPs alone")
+    p.add_argument("--train", choices=["vae", "align", "decoder"], default="vae",
+                   help="align: the MLPs alone; decoder: it alone, as a repair of --init; its latents stay")
     p.add_argument("--epochs", type=positive, default=10)
     p.add_argument("--steps", type=positive, help="replaces --epochs")
     p.add_argument("--schedule", choices=["cosine", "constant"], default="cosine")
@@ -85,8 +88,12 @@ def flags(ungiven=()):
     vars(args).update({k: p.get_default(k) for k in ungiven})
     if args.train == "align":                    # the weight of any other term of the VAE belongs here, too
         args.gan = args.perceptual = args.kl = 0.0
+    if args.train == "decoder":
+        args.kl = args.align = 0.0
     if args.train == "align" and (args.features == "none" or args.align == 0):
         p.error("--train align trains the alignment MLPs alone: it needs --features and --align")
+    if args.train == "decoder" and args.init == "none":
+        p.error("--train decoder repairs a decoder: --init names its VAE")
     if args.features == "none" or args.align == 0:
         args.features, args.align = "none", 0.0
     return args
@@ -135,17 +142,19 @@ def weighted(terms):
 class Stage1(nn.Module):
     """All that is trained with Eq. 6, in one forward, so that DDP and torch.compile see one module."""
 
-    def __init__(self, vae, align, frozen):
+    def __init__(self, vae, align, trained="vae"):
         super().__init__()
-        self.vae, self.align, self.frozen = vae, align, frozen
-        vae.requires_grad_(not frozen)
+        self.vae, self.align, self.decodes = vae, align, trained != "align"
+        vae.requires_grad_(trained == "vae")
+        for part in (vae.decoder, vae.post_quant_conv):
+            part.requires_grad_(self.decodes)
 
     def forward(self, x, noise):
         """x [B,3,H,W] in [-1,1], noise [B,C,h,w] -> posterior, z [B,C,h,w], reconstruction [B,3,H,W] (None if
-        the VAE is frozen), aligned features patch [B,hw,D] and cls [B,D] (None if they are not aligned)."""
+        the MLPs train alone), aligned features patch [B,hw,D] and cls [B,D] (None if not aligned)."""
         posterior = self.vae.encode(x)
         z = posterior.sample(noise)
-        recon = None if self.frozen else self.vae.decode(z)
+        recon = self.vae.decode(z) if self.decodes else None
         patch, cls = (None, None) if self.align is None else self.align(z)
         return posterior, z, recon, patch, cls
 
@@ -167,7 +176,7 @@ def build(args, device, dtype):
     if teacher is not None:
         align = Align(vae.z_channels, teacher.dim, args.align_layers, args.align_hidden, args.features)
     disc = PatchGAN() if args.gan else None
-    stage1 = Stage1(vae, align, args.train == "align").to(memory_format=torch.channels_last).train()
+    stage1 = Stage1(vae, align, args.train).to(memory_format=torch.channels_last).train()
     nets = stage1, teacher, lpips, disc
     for net in filter(None, nets):
         net.to(device, dtype)
@@ -238,14 +247,20 @@ def latent_statistics(vae, images, seed, device, dtype, n=10000):
 
 def finish(args, stage1, teacher, images, device, dtype):
     """The folder that stage 2, metrics and other people need, and what to run next."""
-    stats = latent_statistics(stage1.vae, images, args.seed, device, dtype)
-    info = {"steps": args.steps, "size": args.size, "classes": images.classes, "latents": stats}
-    info |= {"features": args.features, "kl": None if stage1.frozen else args.kl}
+    vae, folder = stage1.vae, Path(args.out, "vae")
+    if args.train == "decoder":                  # the latents have stayed, and what is known of them
+        info, heads = vae.info, vae.folder and vae.folder / "align.safetensors"
+        if rank() == 0 and heads and heads.is_file():
+            write_safetensors(read(heads), folder / heads.name)
+    else:
+        info = {"steps": args.steps, "size": args.size, "classes": images.classes, "features": args.features}
+        info["latents"] = stats = latent_statistics(vae, images, args.seed, device, dtype)
+        print0("latents:", *(f" {k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max")))
+        info["kl"] = args.kl if stage1.decodes else None
     if teacher is not None:
         info |= {"dino": args.dino, "dino_sha256": fingerprint(teacher)}
     if rank() == 0:
-        stage1.vae.save(Path(args.out, "vae"), stage1.align, info)
-    print0("latents:", *(f" {k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max")))
+        vae.save(folder, stage1.align, info)
     out, data, val = map(shlex.quote, (args.out, args.data, args.val))
     print0(f"wrote {out}/vae; next:")
     print0(f"  python fid.py --vae {out} --data {val} --size {args.size}   # Tables 2, 8 and 10")

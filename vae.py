@@ -648,11 +648,14 @@ def build(cls, settings, state, name):
     return load_strict(model, state, name)
 
 
-def fingerprint(model):
-    """sha256 of names, shapes and float32 bytes of all weights, and of a VAE's norm groups: one network, one
-    value, whatever its file."""
+ENCODER = ("encoder.", "quant_conv.")       # the part of a VAE that its latents depend on
+
+
+def fingerprint(model, parts=""):
+    """sha256 of names, shapes and float32 bytes of all weights, or of those whose names begin with one of
+    these parts, and of a VAE's norm groups: one network, one value, whatever its file."""
     h = hashlib.sha256(f"{model.groups} groups".encode() if isinstance(model, VAE) else b"")
-    for k, v in sorted(model.state_dict().items()):
+    for k, v in sorted((k, v) for k, v in model.state_dict().items() if k.startswith(parts)):
         h.update(f"{k}{tuple(v.shape)}".encode())
         h.update(v.detach().float().cpu().contiguous().numpy())
     return h.hexdigest()
@@ -705,7 +708,7 @@ class Images(Dataset):
         self.labels = np.array([number.get(name, -1) for name in names])
 
     def find(self):
-        """The paths of all files, relative to the root; each real folder once on a path, and no hidden one."""
+        """The paths of all files, relative to the root; each real folder once on a path, no hidden one."""
         above = {os.fspath(self.root): {os.path.realpath(self.root)}}       # the real folders down to each
         for folder, folders, files in os.walk(self.root, followlinks=True):
             there, down = Path(folder).relative_to(self.root).as_posix(), above.pop(folder)

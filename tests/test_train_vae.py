@@ -17,6 +17,8 @@ from conftest import ROOT, call, relative
 from PIL import Image
 
 import dino
+import sample
+import train_sit
 import train_vae as T
 import vae as V
 from fid import LPIPS
@@ -319,7 +321,7 @@ def test_a_picture_shows_originals_reconstructions_our_features_and_the_teachers
     )
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     theirs = teacher.targets(x, 16)[0]
-    T.picture(T.Stage1(vae, align, False), x, theirs, tmp_path / "a.png")
+    T.picture(T.Stage1(vae, align), x, theirs, tmp_path / "a.png")
     sheet = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)
     assert sheet.shape == (3, 4 * 34 + 2, 2 * 34 + 2)
 
@@ -492,6 +494,60 @@ def test_heads_alone_leave_the_vae_as_it_was(chain, tmp_path):
     )
     assert V.fingerprint(V.VAE.load(tmp_path)) == V.fingerprint(V.VAE.load(chain.root / "vae"))
     assert V.Align.load(tmp_path).settings["hidden"] == 16
+
+
+def test_the_decoder_alone_is_repaired_and_stage_2_goes_on_with_it(chain, tmp_path, capsys):
+    """The encoder, its latents, their statistics and the MLPs stay to the last bit."""
+    old, new = chain.root / "vae/vae", tmp_path / "repaired/vae"
+    words = f"{chain.of_data} --val {chain.data} --init {chain.root}/vae --train decoder --gan 0"
+    words += " --perceptual 0 --batch 8 --lr 5e-3 --workers 0 --log-every 1"
+    call(T, words, f"--steps 80 --dtype fp32 --out {tmp_path}/repaired")
+    before, after = (V.VAE.load(folder).state_dict() for folder in (old, new))
+    for key in before:
+        assert torch.equal(before[key], after[key]) == key.startswith(("encoder.", "quant_conv.")), key
+    assert (old / "align.safetensors").read_bytes() == (new / "align.safetensors").read_bytes()
+    assert json.loads((old / "reals.json").read_text()) == json.loads((new / "reals.json").read_text())
+    losses = logged(tmp_path / "repaired", "mse", "loss")
+    assert losses[-10:].mean() < 0.8 * losses[:10].mean() and torch.equal(losses[:, 0], losses[:, 1])
+    assert V.Align.load(tmp_path / "repaired").settings == V.Align.load(chain.root / "vae").settings
+
+    cache = chain.root / "latents/moments.npy"
+    changed = cache.stat().st_mtime_ns
+    shutil.copytree(chain.root / "sit", tmp_path / "sit")
+    call(train_sit, chain.stage2, f"--vae {tmp_path}/repaired --steps 8 --out {tmp_path}/sit")
+    assert "going on from step 6" in capsys.readouterr().out and cache.stat().st_mtime_ns == changed
+    draw = f"--ckpt {tmp_path}/sit --num 2 --steps 2 --npz --out {tmp_path}/samples"
+    call(sample, draw)                                       # by the repaired one, which it saw last
+    with pytest.raises(V.UserError, match="made with vae .*--out names another folder"):
+        call(sample, draw, f"--vae {chain.root}/vae")        # other pixels: the arrays of a job cannot mix
+    call(sample, draw, f"--vae {chain.root}/vae --out {tmp_path}/others")
+    pixels, latents = [], []
+    for name in ("samples", "others"):
+        with np.load(tmp_path / name / "samples.npz") as arrays:
+            pixels.append(arrays["arr_0"])
+            latents.append(arrays["latents"])
+    assert np.array_equal(*latents) and not np.array_equal(*pixels)
+    other = V.VAE.load(chain.root / "vae")
+    with torch.no_grad():
+        other.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
+    other.save(tmp_path / "other")
+    with pytest.raises(V.UserError, match="trained on another encoder's latents"):
+        call(sample, draw, f"--vae {tmp_path}/other")
+    with pytest.raises(V.UserError, match="another vae"):
+        call(train_sit, chain.stage2, f"--vae {tmp_path}/other --steps 9 --out {tmp_path}/sit")
+
+
+def test_a_public_vaes_decoder_is_repaired_as_well(chain, tmp_path, capsys):
+    """No MLPs, no statistics beside it: none afterwards."""
+    torch.save(V.VAE(16, (1, 2), 1).state_dict(), tmp_path / "public.pt")
+    words = f"{chain.of_data} --val {chain.data} --train decoder --gan 0 --perceptual 0 --batch 8 --workers 0"
+    call(T, words, f"--init {tmp_path}/public.pt --steps 1 --out {tmp_path}/repaired")
+    files = {path.name for path in (tmp_path / "repaired/vae").iterdir()}
+    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "reals.json"}
+    assert V.VAE.load(tmp_path / "repaired").info.keys() == {"vae", "align"}
+    with pytest.raises(SystemExit):
+        call(T, words, f"--init none --steps 1 --out {tmp_path}/new")
+    assert "--train decoder repairs a decoder: --init names its VAE" in capsys.readouterr().err
 
 
 def run_two(script, command):
