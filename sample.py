@@ -114,7 +114,8 @@ def load(ckpt, vae=None, process=None):
         raise UserError(f"{ckpt} was trained on another encoder's latents than {source}'s; see --vae")
     if vae.z_channels != model.channels:
         raise UserError(f"{ckpt} makes {model.channels} latent channels, this VAE decodes {vae.z_channels}")
-    return model, vae, Normalizer(**model.info.get("normalizer", {})), model.info.get("classes", [])
+    norm = Normalizer(**model.info.get("normalizer", {"own": (vae.factor, vae.shift)}))
+    return model, vae, norm, model.info.get("classes", [])
 
 
 def labels(args, model, names):

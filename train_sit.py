@@ -239,7 +239,7 @@ def normalizer(args, vae, cache, ckpt=None):
         stats = PAPER if args.stats == "paper" else read_json(args.stats)
     kind = args.norm or ("max-min" if stats else "none")
     fallback = ckpt["info"]["normalizer"]["stats"] if ckpt else cache.stats
-    norm = Normalizer(kind, stats or fallback, args.std)
+    norm = Normalizer(kind, stats or fallback, args.std, (vae.factor, vae.shift))
     std, said = norm.std_of(cache.stats), (stats or {}).get("std") or cache.stats["std"]
     if not 2 / 3 <= said / cache.stats["std"] <= 3 / 2:
         print0(f"warning: {args.stats or 'reals.json'} says: latents have std {said:.3f}; of another VAE?")

@@ -204,21 +204,25 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """Images [B,3,H,W] in [-1,1] <-> latents [B,z_channels,H/f,W/f], f = 2^(len(mult)-1); H and W multiples
-    of f. The defaults are SD-VAE's 83,653,863 parameters; the parameter names are those of diffusers."""
+    of f. The defaults are SD-VAE's 83,653,863 parameters; the parameter names are those of diffusers.
+    quant: with 1 x 1 convolutions on both sides of the latents, which SD3 and Flux have not; factor, shift:
+    its own generators see factor (z - shift)."""
 
-    def __init__(self, ch=128, mult=(1, 2, 4, 4), blocks=2, z_channels=4, groups=None):
+    def __init__(self, ch=128, mult=(1, 2, 4, 4), blocks=2, z_channels=4, groups=None, quant=True,
+                 factor=FACTOR, shift=0.0):
         super().__init__()
         self.settings = arguments(locals())
         self.z_channels, self.f, self.groups = z_channels, 2 ** (len(mult) - 1), groups or min(32, ch)
+        self.factor, self.shift = factor, shift
         widths = [round(ch * m) for m in mult]
         if any(w % self.groups for w in widths):
             raise UserError(f"widths {widths} (--ch times --mult) are no multiples of {self.groups} groups")
         self.encoder = Encoder(widths, blocks, z_channels, self.groups)
         self.decoder = Decoder(widths, blocks, z_channels, self.groups)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant else nn.Identity()
         self.init_weights()
-        self.folder, self.info = None, {}  # where it was read from, and what reals.json there says of it
+        self.folder, self.info, self.config = None, {}, {}   # where it was read from: reals.json, config.json
 
     @torch.no_grad()
     def init_weights(self):
@@ -228,8 +232,9 @@ class VAE(nn.Module):
                 last = m.conv2 if isinstance(m, ResBlock) else m.to_out[0]
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
-        self.quant_conv.weight[self.z_channels:].zero_()
-        self.quant_conv.bias[self.z_channels:].fill_(-4)     # log variance
+        last = self.quant_conv if self.settings["quant"] else self.encoder.conv_out
+        last.weight[self.z_channels:].zero_()
+        last.bias[self.z_channels:].fill_(-4)                # log variance
 
     def moments(self, x):
         """Images [B,3,H,W] in [-1,1] -> the posterior's mean and log variance, [B,2*z_channels,H/f,W/f]."""
@@ -257,7 +262,7 @@ class VAE(nn.Module):
             if not info and (folder / "align.safetensors").is_file():
                 raise UserError(f"{folder}: reals.json is missing, which train_vae.py wrote beside this VAE")
         model = build(cls, info.get("vae") or vae_sizes(state, name, config), state, name)
-        model.folder, model.info = folder, info
+        model.folder, model.info, model.config = folder, info, config
         return model
 
     def save(self, folder, align=None, info=None):
@@ -265,10 +270,12 @@ class VAE(nn.Module):
         beside it the two MLPs, where they are given, and reals.json: both networks' settings, and `info`."""
         folder, s, levels = Path(folder), self.settings, len(self.settings["mult"])
         write_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-        config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0", "scaling_factor": FACTOR}
+        config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0", "sample_size": 256}
+        config |= {**self.config, "scaling_factor": self.factor, "shift_factor": self.shift or None}
         config |= {"in_channels": 3, "out_channels": 3, "latent_channels": s["z_channels"], "act_fn": "silu"}
-        config |= {"block_out_channels": [round(s["ch"] * m) for m in s["mult"]], "sample_size": 256}
+        config |= {"block_out_channels": [round(s["ch"] * m) for m in s["mult"]]}
         config |= {"layers_per_block": s["blocks"], "norm_num_groups": self.groups}
+        config |= {"use_quant_conv": s["quant"], "use_post_quant_conv": s["quant"]}
         config["down_block_types"] = ["DownEncoderBlock2D"] * levels
         config["up_block_types"] = ["UpDecoderBlock2D"] * levels
         save(config, folder / "config.json")
@@ -328,13 +335,13 @@ class Normalizer:
 
     kind: "max-min" (Eq. 7: to SD-VAE's range and mean), "std" (to SD-VAE's standard deviation and mean; `std`
     asks for another one, counted after the factor), "channel" (each channel to mean 0 and `std`, 1 by
-    default, as latents of 16 and more channels need), "none" (0.18215 z). stats: what statistics() returns,
-    of raw sampled latents."""
+    default, as latents of 16 and more channels need), "none" (the VAE's `own` factor and shift, as its public
+    generators have it: 0.18215 z for SD-VAE). stats: what statistics() returns, of raw sampled latents."""
 
     needs = {"max-min": "mean min max", "std": "mean std", "channel": "channel_mean channel_std", "none": ""}
 
-    def __init__(self, kind="none", stats=None, std=None):
-        self.kind, self.stats, self.std = kind, stats, std
+    def __init__(self, kind="none", stats=None, std=None, own=(FACTOR, 0.0)):
+        self.kind, self.stats, self.std, self.own = kind, stats, std, own
         for key in self.needs[kind].split():
             value = (stats or {}).get(key)
             if value is None:
@@ -352,8 +359,11 @@ class Normalizer:
             ratio = (SD_VAE["max"] - SD_VAE["min"]) / (stats["max"] - stats["min"])
         elif kind == "std":
             ratio = (SD_VAE["std"] if std is None else std / FACTOR) / stats["std"]
+        if kind == "none":
+            self.scale, self.shift = own[0], -own[0] * own[1]
+            return
         self.scale = FACTOR * ratio
-        self.shift = 0.0 if kind == "none" else FACTOR * (mean - ratio * stats["mean"])
+        self.shift = FACTOR * (mean - ratio * stats["mean"])
 
     def numbers(self, z):
         """Scale and shift as z [B,C,h,w] needs them: two numbers, or two tensors [C,1,1]."""
@@ -376,7 +386,7 @@ class Normalizer:
         return math.sqrt(sum(s**2 for s in scaled) / len(scaled))
 
     def state_dict(self):
-        return {"kind": self.kind, "stats": self.stats, "std": self.std}
+        return {"kind": self.kind, "stats": self.stats, "std": self.std, "own": list(self.own)}
 
     def __str__(self):
         if self.kind == "channel":
@@ -423,9 +433,9 @@ def find_vae(source):
     if path.is_file():
         return path.parent, path
     for folder in (path, path / "vae"):
-        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-            if (folder / name).is_file():
-                return folder, folder / name
+        for ending in ("safetensors", "bin", "safetensors.index.json", "fp16.safetensors"):
+            if (folder / f"diffusion_pytorch_model.{ending}").is_file():
+                return folder, folder / f"diffusion_pytorch_model.{ending}"
     raise UserError(f"{source}: no VAE here, nor a public name ({', '.join(PUBLIC)}); train_vae.py makes one")
 
 
@@ -469,30 +479,36 @@ def diffusers_names(state):
 
 
 def vae_sizes(state, name, config):
-    """The VAE's arguments, read from a public file's tensors; the norm groups from its config.json."""
+    """The VAE's arguments, from a public file's tensors, and from its config.json what these do not say."""
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL" or any(v.ndim == 5 for v in state.values()):
+        raise UserError(f"{name}: no AutoencoderKL of images, but another kind of VAE, or of videos ({kind})")
+
     def width(key):
+        if key not in state:
+            first = next(iter(state), "none")
+            raise UserError(f"{name}: not a KL autoencoder: no tensor {key} (its first is {first})")
         if state[key].ndim != 4 or not len(state[key]):
             raise UserError(f"{name}: {key} is {tuple(state[key].shape)}, expected a convolution's shape")
         return len(state[key])
 
-    widths, blocks = [], 0
+    widths, blocks = [width("encoder.down_blocks.0.resnets.0.conv1.weight")], 0
     while (key := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in state:
         widths.append(width(key))
     while f"encoder.down_blocks.0.resnets.{blocks}.conv1.weight" in state:
         blocks += 1
-    if not widths or "post_quant_conv.weight" not in state:
-        missing = "post_quant_conv.weight" if widths else "encoder.down_blocks.0.resnets.0.conv1.weight"
-        first = next(iter(state), "none")
-        raise UserError(f"{name}: not a KL autoencoder: no tensor {missing} (its first is {first})")
     mult = [w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths]
     groups = config.get("norm_num_groups") or min(32, widths[0])
     if not isinstance(groups, int) or groups < 1 or any(w % groups for w in widths):
         raise UserError(f"{name}: widths {widths} are no multiples of config.json's {groups!r} groups")
-    z_channels = width("post_quant_conv.weight")
-    for field, own in {"block_out_channels": widths, "latent_channels": z_channels}.items():
-        if config.get(field, own) != own:
-            raise UserError(f"{name}: {field} is {own} by its tensors, but {config[field]} in config.json")
-    return dict(ch=widths[0], mult=mult, blocks=blocks, z_channels=z_channels, groups=groups)
+    quant, z_channels = "quant_conv.weight" in state, width("encoder.conv_out.weight") // 2
+    own = {"block_out_channels": widths, "latent_channels": z_channels, "use_quant_conv": quant}
+    for field, value in own.items():
+        if config.get(field, value) != value:
+            raise UserError(f"{name}: {field} is {value} by its tensors, but {config[field]} in config.json")
+    sizes = dict(ch=widths[0], mult=mult, blocks=blocks, z_channels=z_channels, groups=groups, quant=quant)
+    sizes["factor"] = config.get("scaling_factor") or FACTOR
+    return sizes | dict(shift=config.get("shift_factor") or 0.0)
 
 
 # ============================================================================================================
@@ -577,9 +593,13 @@ def load_file(path):
 
 
 def read(source):
-    """The state dict in a .pth, .pt, .bin, .ckpt (or its "state_dict") or .safetensors file, or as given."""
+    """The state dict in a .pth, .pt, .bin, .ckpt (or its "state_dict") or .safetensors file, in the parts
+    that an .index.json names, or as given."""
     if isinstance(source, dict):
         return source
+    if str(source).endswith(".index.json"):
+        parts = sorted(set(read_json(source).get("weight_map", {}).values()))
+        return {k: v for part in parts for k, v in read(Path(source).parent / part).items()}
     if Path(source).suffix == ".safetensors" and Path(source).is_file():
         return read_safetensors(Path(source))
     state = load_file(source)

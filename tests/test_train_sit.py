@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import shapes
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, relative
 from test_train_vae import far, gradients, killed_at, logged, run_two, same
+from test_vae import of_today
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import dino
@@ -562,7 +563,37 @@ def test_a_vae_of_sixteen_channels_from_nothing_goes_through_with_norm_channel(c
     assert (tmp_path / "pictures/images/000001.png").is_file()
     stats = json.loads((tmp_path / "vae/vae/reals.json").read_text())["latents"]
     held = torch.load(tmp_path / "sit/ckpt.pt", weights_only=True)["info"]["normalizer"]
-    assert held == {"kind": "channel", "stats": stats, "std": None} and len(stats["channel_mean"]) == 16
+    own = [0.18215, 0.0]
+    assert held == {"kind": "channel", "stats": stats, "std": None, "own": own}
+    assert len(stats["channel_mean"]) == 16
     mean, std = (torch.tensor(stats[f"channel_{k}"]).view(1, 16, 1, 1) for k in ("mean", "std"))
     z = torch.randn(2, 16, 2, 2)
     assert torch.allclose(V.Normalizer(**held).encode(z), (z - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vae_of_sd3s_kind_is_aligned_and_its_latents_are_learned(chain, tmp_path):
+    """A folder of diffusers, 16 channels without quant_conv, with a factor and a shift of its own: through
+    both stages and the sampler, with the latents as its own generators see them, and with each channel's."""
+    of_today("SD3").save_pretrained(tmp_path / "theirs")
+    words = f"{chain.of_data} --val {chain.data} --dino {chain.root}/dino.pth {chain.tune} --workers 0"
+    call(train_vae, words, f"--init {tmp_path}/theirs --steps 2 --dtype fp32 --out {tmp_path}/vae")
+    config = V.read_json(tmp_path / "vae/vae/config.json")
+    fields = "scaling_factor", "shift_factor", "use_quant_conv"
+    assert [config[field] for field in fields] == [1.5305, 0.0609, False]
+    vae, rest = V.VAE.load(tmp_path / "vae"), f"--cache {tmp_path}/latents --model T --batch 8 --workers 0"
+    for norm in ("none", "channel"):
+        out = f"{tmp_path}/{norm}"
+        call(T, f"{chain.of_data} --vae {tmp_path}/vae {rest} --norm {norm} --steps 2 --out {out}")
+        held = torch.load(f"{out}/0000002.pt", weights_only=True)["info"]["normalizer"]
+        z = V.Gaussian(torch.from_numpy(np.load(tmp_path / "latents/moments.npy")[:, 0])).mean
+        seen = V.Normalizer(**held).encode(z)
+        if norm == "none":
+            assert relative(seen, 1.5305 * (z - 0.0609)) < 1e-6
+        else:
+            assert seen.mean((0, 2, 3)).abs().max() < 0.2
+        call(sample, f"--ckpt {out} --num 2 --steps 2 --npz --out {out}/samples")
+        with np.load(f"{out}/samples/samples.npz") as drawn:
+            latents, images = torch.from_numpy(drawn["latents"]), drawn["arr_0"]
+        with torch.no_grad():
+            again = V.to_uint8(vae.decode(latents)).permute(0, 2, 3, 1).numpy()
+        assert latents.shape == (2, 16, 8, 8) and np.abs(again.astype(int) - images).max() <= 1

@@ -113,6 +113,100 @@ def test_other_widths_equal_diffusers(tmp_path, settings):
     assert again.settings == sizes(ours) and V.fingerprint(again) == V.fingerprint(ours)
 
 
+TODAY = {   # config.json's fields that set the VAEs of these families apart
+    "SD3": dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+                use_post_quant_conv=False, sample_size=1024),
+    "Flux": dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                 use_post_quant_conv=False, sample_size=1024, mid_block_add_attention=True),
+    "SDXL": dict(latent_channels=4, scaling_factor=0.13025, sample_size=1024, force_upcast=True)}
+
+
+def of_today(family):
+    """A small VAE of diffusers' making, of one of these families, every weight drawn."""
+    from diffusers import AutoencoderKL
+    levels = dict(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3)
+    sizes = dict(block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=8, **levels)
+    return drawn(AutoencoderKL(**sizes, **TODAY[family]), seed=5).eval()
+
+
+@pytest.mark.parametrize("family", TODAY)
+def test_the_vaes_of_today_are_read_as_diffusers_reads_them_and_written_back(tmp_path, family):
+    """Both ways at relative 1e-5; and what their own generators see is factor times (z - shift)."""
+    from diffusers import AutoencoderKL
+    theirs, x = of_today(family), images(2, 3, 32, 48)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = V.VAE.load(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    back = AutoencoderKL.from_pretrained(tmp_path / "ours").eval()
+    for key, value in theirs.config.items():
+        assert key.startswith("_") or back.config[key] == value, key
+    with torch.no_grad():
+        expected = theirs.encode(x).latent_dist.mean
+        drawing = theirs.decode(expected).sample
+        for again in (ours, V.VAE.load(tmp_path / "ours")):
+            assert relative(again.encode(x).mean, expected) <= 1e-5
+            assert relative(again.decode(expected), drawing) <= 1e-5
+        assert torch.equal(back.encode(x).latent_dist.mean, expected)
+    norm = V.Normalizer(own=(ours.factor, ours.shift))
+    seen = (expected - (theirs.config.shift_factor or 0.0)) * theirs.config.scaling_factor
+    assert relative(norm.encode(expected), seen) < 1e-6 and relative(norm.decode(seen), expected) < 1e-6
+    again = V.Normalizer(**json.loads(json.dumps(norm.state_dict())))
+    assert torch.equal(again.encode(expected), norm.encode(expected))
+
+
+@pytest.mark.parametrize("family", ["SD3", "SDXL"])
+def test_a_file_without_config_says_by_its_tensors_what_it_is(tmp_path, family):
+    theirs = of_today(family)
+    torch.save(theirs.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="widths .* are no multiples|size mismatch|conv_norm"):
+        V.VAE.load(folder_with(tmp_path / "wrong", theirs, norm_num_groups=7))
+    with pytest.raises(UserError, match="use_quant_conv is .* by its tensors, but .* in config.json"):
+        V.VAE.load(folder_with(tmp_path / "other", theirs, use_quant_conv=family == "SD3"))
+    ours = V.VAE.load(tmp_path / "bare.pt")
+    assert ours.settings["quant"] == (family == "SDXL") and ours.z_channels == theirs.config.latent_channels
+    assert (ours.factor, ours.shift) == (0.18215, 0.0)
+    ours = V.VAE(**{**ours.settings, "groups": 8})             # which no tensor says
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        x = images(1, 3, 32, 32)
+        assert relative(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) <= 1e-5
+
+
+def folder_with(path, theirs, **fields):
+    theirs.save_pretrained(path)
+    config = V.read_json(path / "config.json")
+    V.save({**config, **fields}, path / "config.json")
+    return path
+
+
+def test_half_precision_and_files_in_parts_are_read(tmp_path):
+    theirs = of_today("Flux")
+    whole = {k: v.clone() for k, v in theirs.state_dict().items()}
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*-of-*.safetensors"))) > 2
+    state = V.VAE.load(tmp_path / "parts").state_dict()
+    assert state.keys() == whole.keys() and all(torch.equal(state[k], whole[k]) for k in whole)
+    next((tmp_path / "parts").glob("*-00002-of-*")).unlink()
+    with pytest.raises(UserError, match="00002-of-.*: no such file"):
+        V.VAE.load(tmp_path / "parts")
+    theirs.half().save_pretrained(tmp_path / "half", variant="fp16")
+    state = V.VAE.load(tmp_path / "half").state_dict()
+    assert all(torch.equal(state[k], whole[k].half().float()) for k in whole)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKLWan", "AutoencoderKLQwenImage"])
+def test_a_vae_of_videos_is_refused_in_one_line(tmp_path, kind):
+    import diffusers
+    theirs = getattr(diffusers, kind)(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1,
+                                      temperal_downsample=[False])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"no AutoencoderKL of images, but .*{kind}"):
+        V.VAE.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="of videos"):
+        V.VAE.load(tmp_path)
+
+
 def test_every_branch_matters(small):
     """Each residual block's branch and both attentions move the output by over 1%."""
     x = images(1, 3, 64, 64)
@@ -206,7 +300,8 @@ def test_moments_are_the_posteriors_mean_and_log_variance(small):
 
 
 def test_settings_are_the_constructors_arguments():
-    assert V.VAE(16, (1, 2), 1).settings == dict(ch=16, mult=[1, 2], blocks=1, z_channels=4, groups=None)
+    own = dict(ch=16, mult=[1, 2], blocks=1, z_channels=4, groups=None)
+    assert V.VAE(16, (1, 2), 1).settings == own | dict(quant=True, factor=0.18215, shift=0.0)
     assert V.VAE(16, (1, 2), 1).groups == 16 and V.VAE(64, (1, 2), 1, groups=8).groups == 8
     assert V.Align(4, 24, 1, 7).settings == dict(z_channels=4, dim=24, layers=1, hidden=7, features="both")
     with pytest.raises(UserError, match=r"widths \[48, 96\] .* no multiples of 32 groups"):
@@ -423,7 +518,7 @@ def spoilt(kind, good, path):
         torch.save({k: empty if ".conv1.weight" in k else v for k, v in V.read(good).items()}, path)
     elif kind in ("a scalar, in", "a scalar, out"):
         path = path / "a.pth"
-        name = "post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
+        name = "encoder.conv_out.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
         torch.save({**V.read(good), name: torch.zeros(())}, path)
     elif "config" in kind:
         shutil.copy(good, path)
@@ -460,7 +555,7 @@ def test_spoilt_files_end_in_one_line_that_names_them(folder, tmp_path, kind):
         assert ('Unexpected key(s) in state_dict: "extra.weight"' if "many" in kind else
                 'Missing key(s) in state_dict: "decoder.conv_out.bias"') in str(e.value)
     if "scalar" in kind:
-        key = "post_quant_conv.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
+        key = "encoder.conv_out.weight" if "out" in kind else "encoder.down_blocks.1.resnets.0.conv1.weight"
         assert f"{key} is ()" in str(e.value)
     if "settings" in kind:
         assert ("size mismatch for" if "other" in kind else "its settings make no VAE") in str(e.value)
