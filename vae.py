@@ -706,9 +706,10 @@ STRANGE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".
 
 
 class Images(Dataset):
-    """A folder of images: [i] -> (uint8 [3,size,size], label). One subfolder per class, in sorted order; in a
-    flat folder every label is -1 and .classes is empty. size None keeps each image as it is. Pixels are read
-    as stored (no EXIF rotation). Another source of files (an archive): find, open and bytes."""
+    """A folder of images: [i] -> (uint8 [3,size,size], label). One subfolder per class, in sorted order; or a
+    flat folder with labels.csv in it; without, every label is -1 and .classes is empty. size None keeps each
+    image as it is. Pixels are read as stored (no EXIF rotation). Another source of files (an archive): find,
+    open and bytes."""
 
     kinds = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in PICTURES)
 
@@ -721,11 +722,24 @@ class Images(Dataset):
             print0(f"{root}: {len(strange):,} pictures of a kind that pillow does not read, as {strange[0]}")
         if not self.paths:
             raise UserError(f"{root}: no images here, for --data or --val; tests/demo.py needs none")
-        self.stray = [p for p in self.paths if "/" not in p]     # images that lie in no class folder
-        names = [p.split("/")[0] for p in self.paths]
+        names = self.class_names()
+        self.stray = [p for p, name in zip(self.paths, names) if name is None]
         self.classes = [] if self.stray else sorted(set(names))
         number = {c: i for i, c in enumerate(self.classes)}
         self.labels = np.array([number.get(name, -1) for name in names])
+
+    def class_names(self):
+        """The first folder of each picture; in a flat folder what labels.csv says, in lines PICTURE,CLASS (as
+        Kaggle's LOC_val_solution.csv: without the file's ending, CLASS one word); else None."""
+        names, table = [p.split("/")[0] if "/" in p else None for p in self.paths], self.root / "labels.csv"
+        if any(names) or not table.is_file():
+            return names
+        rows = (re.split(r"[,\s]+", line, maxsplit=2) for line in table.read_text("utf-8-sig").splitlines())
+        classes = {row[0]: row[1] for row in rows if len(row) > 1}
+        names = [classes.get(p) or classes.get(p.rsplit(".", 1)[0]) for p in self.paths]
+        if None in names:
+            raise UserError(f"{table}: no line PICTURE,CLASS of {self.paths[names.index(None)]}")
+        return names
 
     def find(self):
         """The paths of all files, relative to the root; each real folder once on a path, no hidden one."""
@@ -807,11 +821,12 @@ class Images(Dataset):
 
     @functools.cached_property
     def fingerprint(self):
-        """sha256 of the sorted relative paths and byte sizes, and of the first 16 KiB of 256 of the files, as
-        they are at the first call."""
+        """sha256 of the sorted relative paths and byte sizes, of labels.csv's classes, and of the first
+        16 KiB of 256 of the files, as they are at the first call."""
         h = hashlib.sha256()
-        for p in self.paths:
+        for p, label in zip(self.paths, self.labels):
             h.update(os.fsencode(f"{p}\0{self.bytes(p)}\n"))
+            h.update(self.classes[label].encode() if label >= 0 and "/" not in p else b"")
         for k in range(min(256, len(self))):
             try:
                 with self.open(self.paths[k * len(self) // min(256, len(self))]) as f:

@@ -475,8 +475,31 @@ def test_a_flat_folder_trains_unconditionally(chain, tmp_path):
     (tmp_path / "flat").mkdir()
     for p in list(chain.data.rglob("*.png"))[:16]:
         shutil.copy(p, tmp_path / "flat")
-    call(T, chain.stage2, f"--data {tmp_path}/flat --cache {tmp_path}/latents --steps 2 --out {tmp_path}/sit")
+    words = f"--data {tmp_path}/flat --val {tmp_path}/flat --steps 2 --out {tmp_path}/vae"
+    call(train_vae, chain.stage1, words)
+    words = f"--data {tmp_path}/flat --cache {tmp_path}/latents --vae {tmp_path}/vae --steps 2"
+    call(T, chain.stage2, words, f"--out {tmp_path}/sit")
     assert sit.SiT.load(tmp_path / "sit").classes == 0
+    call(sample, f"--ckpt {tmp_path}/sit --num 3 --steps 2 --out {tmp_path}/pictures")
+    assert len(list((tmp_path / "pictures/images").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("n", [1, 2, pytest.param(10000, marks=pytest.mark.slow)])
+def test_any_number_of_classes_trains_and_is_sampled_by_name(chain, tmp_path, n, monkeypatch):
+    """The names go from the folders through the checkpoint to --classes and onto the sheet."""
+    source = next(chain.data.rglob("*.png")).read_bytes()
+    for c in range(n):
+        (tmp_path / f"data/class-{c:05d}").mkdir(parents=True)
+        (tmp_path / f"data/class-{c:05d}/a.png").write_bytes(source)
+    if n < 8:
+        for k in range(8):                                   # a batch, in the last class
+            (tmp_path / f"data/class-{n - 1:05d}/{k}.png").write_bytes(source)
+    words = f"--data {tmp_path}/data --cache {tmp_path}/latents --steps 2 --out {tmp_path}/sit"
+    call(T, chain.stage2, words)
+    last, shown = f"class-{n - 1:05d}", []
+    monkeypatch.setattr(sample, "save_picture", lambda images, path, columns, names: shown.extend(names))
+    call(sample, f"--ckpt {tmp_path}/sit --num 2 --steps 2 --classes {last} 0 --out {tmp_path}/pictures")
+    assert shown == [last, "class-00000"] and sit.SiT.load(tmp_path / "sit").classes == n
 
 
 def test_a_picture_beside_the_class_folders_is_refused(chain, tmp_path):

@@ -907,6 +907,28 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     assert data.classes == [] and data[0][1] == -1
 
 
+def test_a_flat_folder_with_labels_beside_is_like_class_folders(tmp_path):
+    """As ImageNet's val is unpacked, with Kaggle's list; its classes are numbered as train's folders are."""
+    wnids = {1: "n02", 2: "n01", 3: "n03"}
+    for i, wnid in wnids.items():
+        for path in (f"flat/ILSVRC2012_val_{i:08d}.JPEG", f"train/{wnid}/{i}.JPEG"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / path, "JPEG")
+    lines = [f"ILSVRC2012_val_{i:08d},{wnid} 85 1 499 272 {wnid} 1 1 2 2" for i, wnid in wnids.items()]
+    (tmp_path / "flat/labels.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(lines)]))
+    flat, train = V.Images(tmp_path / "flat", 8), V.Images(tmp_path / "train", 8)
+    assert flat.classes == train.classes == ["n01", "n02", "n03"] and flat.stray == []
+    assert [flat[k][1] for k in range(3)] == [1, 0, 2] and [train[k][1] for k in range(3)] == [0, 1, 2]
+    (tmp_path / "flat/labels.csv").write_text("\n".join(lines).replace("n01", "n03"))
+    assert V.Images(tmp_path / "flat", 8).fingerprint != flat.fingerprint
+    (tmp_path / "flat/labels.csv").write_text("\n".join(lines[:2]))
+    with pytest.raises(UserError, match="labels.csv: no line PICTURE,CLASS of ILSVRC2012_val_00000003.JPEG"):
+        V.Images(tmp_path / "flat", 8)
+    (tmp_path / "flat/labels.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(
+        f"ILSVRC2012_val_{i:08d}.JPEG, {wnid}" for i, wnid in wnids.items()).encode())     # by a spreadsheet
+    assert np.array_equal(V.Images(tmp_path / "flat", 8).labels, flat.labels)
+
+
 def test_draws_are_functions_of_all_of_their_key():
     keys = [(5,), (5 + 2**32,), (5, 0), (5, 1), (5, 0, 0), (0, 5), (2**40,), (1, 2**32), (1, 0, 1)]
     first = [V.rng(0, "noise", *k).integers(2**63) for k in keys]
