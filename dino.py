@@ -2,12 +2,13 @@
 to, and two heads that read its features: Meta's linear segmentation head and the depth head of MoGe (Wang et
 al. 2024).
 
-    dino = DINOv2.load("vitl14_reg")                # a public name, a .pth in Meta's layout, a state dict
+    dino = DINOv2.load("vitl14_reg")                # or Meta's .pth, transformers' folder, a state dict
     patch, cls = dino.targets(images, grid=32)      # [B,3,H,W] in [-1,1] -> [B,1024,D], [B,D]
     mask = Segmenter.load("vitl14_voc2012")(patch, grid=32, size=256).argmax(1)
     depth = Depth.load("moge-vitl")(patch, grid=32, size=448)
 
 Parameters carry the public files' names, so a state_dict() of these networks is such a file."""
+import json
 import math
 import re
 import zipfile
@@ -173,9 +174,13 @@ class DINOv2(nn.Module):
 
     @classmethod
     def load(cls, source, heads=None):
-        """A network in eval mode from a public name (SIZES), a .pth in Meta's layout, or a state dict; sizes
-        come from the shapes. Raises UserError naming the file and the first wrong key."""
+        """A network in eval mode from a public name (SIZES), Meta's .pth, transformers' file or folder, or a
+        state dict; sizes come from the shapes. UserError names the file and the first wrong key."""
         state, where = read(source, BACKBONES)
+        if "embeddings.cls_token" in state:                                         # transformers' layout
+            state, config = meta_names(state, where), Path(where).with_name("config.json")
+            if not isinstance(source, dict) and config.is_file():
+                heads = heads or read_file(config, {}).get("num_attention_heads")
         sizes = SIZES[source] if isinstance(source, str) and source in SIZES else cls.sizes(state, where)
         return build(lambda: cls(heads=heads, **sizes), state, where)
 
@@ -306,9 +311,11 @@ class Segmenter(nn.Module):
         state = {k.removeprefix("decode_head."): v for k, v in state.items()}
         state.setdefault("bn.num_batches_tracked", torch.tensor(0))
         classes, dim, _, _ = shape(state, "conv_seg.weight", 4, where)
-        public = build(lambda: nn.ModuleDict({"bn": nn.BatchNorm2d(dim),
-                                              "conv_seg": nn.Conv2d(dim, classes, 1)}), state, where)
-        bn, conv = public["bn"], public["conv_seg"]
+        bn, conv = build(
+            lambda: nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(dim), conv_seg=nn.Conv2d(dim, classes, 1))),
+            state,
+            where,
+        )
         gain = bn.weight / (bn.running_var + bn.eps).sqrt()                         # [D]
         weight = conv.weight.flatten(1)                                             # [C, D]
         bias = conv.bias + weight @ (bn.bias - bn.running_mean * gain)              # [C]
@@ -392,14 +399,19 @@ class Depth(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ files
 
+HEADS = "voc2012", "ade20k"
 META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}_{1}.pth"
 BACKBONES = {name: META.format(name[:6], "reg4_pretrain" if "_reg" in name else "pretrain") for name in SIZES}
-SEGMENTERS = {f"{name[:6]}_{data}": META.format(name[:6], data + "_linear_head")
-              for name in SIZES for data in ("voc2012", "ade20k")}
+SEGMENTERS = {f"{n[:6]}_{d}": META.format(n[:6], d + "_linear_head") for n in SIZES for d in HEADS}
 DEPTHS = {"moge-vitl": "https://huggingface.co/Ruicheng/moge-vitl/resolve/main/model.pt"}
 SHA256 = {"vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
           "vitl14_reg": "8b6364",
           "moge-vitl": "da96b09a0485a3c45a5aa455e67743c8b4efc4dd8437c1f2aa93c2b4303d957f"}
+HUB = """embeddings.patch_embeddings.projection patch_embed.proj embeddings.position_embeddings pos_embed
+embeddings.cls cls embeddings.mask mask embeddings.register register encoder.layer blocks lambda1 gamma
+attention.output.dense attn.proj layer_scale ls weights_in w12 weights_out w3 layernorm norm""".split()
+FILES = "", "model.safetensors", "pytorch_model.bin"                                # "": not in a folder
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def fetch(name, url):
@@ -425,28 +437,52 @@ def read(source, public, under=None):
     state, where = source, "the state dict"
     if not isinstance(source, dict):
         path = fetch(str(source), public[str(source)]) if str(source) in public else Path(source)
+        path = next((p for name in FILES if (p := path / name).is_file()), path)
         state, where = read_file(path, public), str(path)
     if under and isinstance(state, dict):
         state = state.get(under, state)
-    pairs = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in pairs):
+    if not (isinstance(state, dict) and all(type(k) is str and torch.is_tensor(v) for k, v in state.items())):
         raise UserError(f"{where}: holds no flat dict of tensors by name")
     return state, where
 
 
 def read_file(path, public):
     if not path.is_file():
-        raise UserError(f"{path}: no such file, and none of {', '.join(public)}")
-    try:                                     # compressed files cannot be mapped
+        raise UserError(f"{path}: no such file, no model.safetensors in it, and none of {', '.join(public)}")
+    kind = {".json": "JSON", ".safetensors": "safetensors"}.get(path.suffix, "PyTorch weight")
+    try:                                         # compressed files cannot be mapped
+        if kind != "PyTorch weight":
+            return read_safetensors(path) if kind == "safetensors" else dict(json.loads(path.read_bytes()))
         plain = zipfile.is_zipfile(path) and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:
         with open(path, "rb") as f:
             start = f.read(12)
-        why = f"not a whole PyTorch weight file (begins with {start}); if downloaded, delete it and try again"
+        why = f"not a whole {kind} file (begins with {start}); if downloaded, delete it and try again"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(e)):
             why = f"holds {refused[1]}, which is never loaded; torch.save its state_dict alone"
         raise UserError(f"{path}: {why}") from None
+
+
+def read_safetensors(path):
+    """safetensors: eight bytes with the header's length, in JSON where each tensor lies, the tensors."""
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)   # mapped, not read
+    start, out = 8 + raw[:8].view(torch.int64).item(), {}
+    for k, e in json.loads(bytes(raw[8:start].numpy())).items():
+        if k != "__metadata__":
+            out[k] = raw[start:][slice(*e["data_offsets"])].clone().view(DTYPES[e["dtype"]]).view(e["shape"])
+    return out
+
+
+def meta_names(state, where):
+    """transformers' state dict of a DINOv2 under Meta's names; query, key and value become one qkv."""
+    state, names = dict(state), dict(zip(HUB[::2], HUB[1::2]))
+    for key in [k for k in state if ".attention.attention.query." in k]:
+        three = [state.pop(key.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")]
+        if len({t.shape for t in three}) > 1:
+            raise UserError(f"{where}: {key} has no key and value of its shape {list(three[0].shape)}")
+        state[key.replace("attention.attention.query", "attn.qkv")] = torch.cat(three)
+    return {re.sub("|".join(names), lambda m: names[m[0]], key): v for key, v in state.items()}
 
 
 def shape(state, key, ndim, where):

@@ -66,7 +66,7 @@ def flags(ungiven=()):
     p.add_argument("--mult", type=positive, nargs="+", default=[1, 2, 4, 4], help="then: widths in ch")
     p.add_argument("--blocks", type=positive, default=2, help="then: residual blocks per level")
     p.add_argument("--z-channels", type=positive, default=4, help="then: latent channels")
-    p.add_argument("--dino", default="vitl14_reg", help="a public name (Table 6: vitb14_reg) or file")
+    p.add_argument("--dino", default="vitl14_reg", help="a public name (Table 6: vitb14_reg), file or folder")
     p.add_argument("--features", choices=["both", "patch", "cls", "none"], default="both", help="Table 5")
     p.add_argument("--align-layers", type=positive, default=2, help="Linears in an alignment MLP (Table 7)")
     p.add_argument("--align-hidden", type=positive, help="their hidden width; default: DINOv2's")

@@ -1,9 +1,12 @@
 """dino.py against the public code's numbers (golden/), transformers, timm, and files of every wrong kind."""
 import argparse
 import copy
+import functools
+import json
 import os
 import pickle
 import re
+import shutil
 import urllib.error
 
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import Golden, gen, relative
+from conftest import Golden, call, gen, relative
 from PIL import Image
 
 import dino
+import fid
+import train_vae
 from dino import Depth, DINOv2, Segmenter, UserError
 
 HW = ["224x224", "448x448", "518x518", "224x322"]
@@ -580,6 +585,132 @@ def test_sizes_come_back_from_a_file_in_metas_layout(tmp_path, sizes):
         assert not again.training
         assert list(again.state_dict()) == list(net.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(again(x), net(x)))
+
+
+@pytest.fixture(scope="module", params=["plain", "registers", "swiglu"])
+def hub(request, tmp_path_factory):
+    """A network of transformers with random weights (three heads of 32), the folder that it saved, and that
+    folder's state dict."""
+    import transformers
+    from safetensors.torch import load_file
+    name = "Dinov2WithRegisters" if request.param == "registers" else "Dinov2"
+    more = dict(num_register_tokens=3) if request.param == "registers" else {}
+    config = getattr(transformers, name + "Config")(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=20, patch_size=4,
+        use_swiglu_ffn=request.param == "swiglu", **more)
+    peer = random(getattr(transformers, name + "Model")(config))
+    folder = tmp_path_factory.mktemp("hub") / "dinov2"
+    peer.save_pretrained(folder)
+    return peer, folder, load_file(folder / "model.safetensors")
+
+
+@torch.no_grad()
+def hub_miss(hub, net, H=20, W=20):
+    x = noise(2, 3, H, W)
+    return relative(net.tokens(x), hub[0](x).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "folder of a .bin", "a .bin", "half"])
+def test_transformers_folders_load_as_transformers_reads_them(hub, tmp_path, kind):
+    """Its own grid of 5 x 5 patches; with registers, others too (without them Meta adds 0.1 to the size)."""
+    peer, folder, state = hub
+    source = folder / "model.safetensors" if kind == "file" else str(folder)
+    if kind == "half":
+        copy.deepcopy(peer).bfloat16().save_pretrained(tmp_path)
+        source = tmp_path
+    elif kind.endswith(".bin"):
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        shutil.copy(folder / "config.json", tmp_path)
+        source = tmp_path / "pytorch_model.bin" if kind == "a .bin" else tmp_path
+    net = dino.load_teacher(source)
+    assert (net.blocks[0].attn.heads, net.patch, net.grid) == (3, 4, 5) and not net.training
+    assert (hub_miss(hub, net) <= 1e-6) == (kind != "half") and hub_miss(hub, net) < 0.03
+    if net.registers and kind != "half":
+        assert hub_miss(hub, net, 28, 12) <= 1e-6
+    again = DINOv2.load(net.state_dict(), heads=3)                                # and back in Meta's layout
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters()))
+
+
+def other_order(net, monkeypatch):
+    """Query and key in alphabetical order, as they lie in the file."""
+    for block in net.blocks:
+        for p in (block.attn.qkv.weight, block.attn.qkv.bias):
+            p.data = torch.cat([p.data[96:192], p.data[:96], p.data[192:]])
+
+
+def one_and_a_half_heads(net, monkeypatch):
+    """64 to a head would be 1.5 heads here: two of 48."""
+    for block in net.blocks:
+        block.attn.heads = 2
+
+
+def gates_swapped(net, monkeypatch):
+    if not hasattr(net.blocks[0].mlp, "w12"):
+        pytest.skip("no gates")
+    gate_swapped(net, monkeypatch)
+
+
+@pytest.mark.parametrize("mutant", [other_order, one_and_a_half_heads, layerscales_swapped, gates_swapped],
+                         ids=lambda m: m.__name__)
+def test_a_mutant_of_transformers_folder_misses(hub, mutant, monkeypatch):
+    net = DINOv2.load(hub[1])
+    mutant(net, monkeypatch)
+    assert hub_miss(hub, net) >= 1e-3
+
+
+def test_heads_of_transformers_files_are_configs_the_callers_or_64_wide(hub, tmp_path):
+    _, folder, state = hub
+    assert DINOv2.load(folder, heads=6).blocks[0].attn.heads == 6
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    for source in (tmp_path, state):                                  # no config.json is beside
+        refused(DINOv2.load, source, "dim 96 is no multiple of 64")
+        assert DINOv2.load(source, heads=3).blocks[0].attn.heads == 3
+    for text, words in (("[3]", "not a whole JSON file"), ("{", "not a whole JSON file"), ("", "JSON"),
+                        ('{"num_attention_heads": 5}', "96 cannot be shared by 5 heads"),
+                        ('{"num_attention_heads": "3"}', "no such network"), ("{}", "multiple of 64")):
+        (tmp_path / "config.json").write_text(text)
+        refused(DINOv2.load, str(tmp_path), words)
+
+
+def test_damaged_safetensors_are_refused_in_one_line(hub, tmp_path):
+    path, whole = tmp_path / "model.safetensors", (hub[1] / "model.safetensors").read_bytes()
+    refused(DINOv2.load, tmp_path, str(tmp_path), "no such file, no model.safetensors in it")
+    wrong_shape, wrong_type = whole.replace(b'"shape":[9', b'"shape":[8'), whole.replace(b"F32", b"F99", 1)
+    for content in (b"", b"1234567", whole[:100], whole[:len(whole) // 2], whole[:-1], b"<!DOCTYPE html>",
+                    b"\xff" * 99, wrong_shape, wrong_type):
+        path.write_bytes(content)
+        refused(DINOv2.load, path, "not a whole safetensors file (begins with")
+        refused(Segmenter.load, path, "not a whole safetensors file (begins with")
+    load, state = functools.partial(DINOv2.load, heads=3), hub[2]
+    key = "encoder.layer.1.attention.attention.key.weight"
+    for wrong in ({**state, key: torch.zeros(7)}, {k: v for k, v in state.items() if k != key}):
+        refused(load, wrong, key.replace("key", "query"), "no key and value of its shape [96, 96]")
+    refused(load, {k: v for k, v in state.items() if "query" not in k}, "Missing key(s)", "attn.qkv")
+    refused(load, {**state, "classifier.weight": torch.zeros(7)}, "Unexpected key(s)", "classifier.weight")
+
+
+def test_safetensors_are_read_as_their_own_library_reads_them(tmp_path):
+    """Also Meta's layout, and tensors of every width side by side, which lie at odd places."""
+    from safetensors.torch import save_file
+    widths = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    state = {f"t{i}": noise(n, 3, seed=i).to(d) for i, (n, d) in enumerate(zip((1, 5, 0, 7), widths))}
+    save_file({**state, "scalar": torch.tensor(2.5)}, tmp_path / "a.safetensors", {"format": "pt"})
+    ours = dino.read_safetensors(tmp_path / "a.safetensors")
+    for key, v in {**state, "scalar": torch.tensor(2.5)}.items():
+        assert ours[key].dtype == v.dtype and torch.equal(ours[key], v)
+    net = random(DINOv2(64, 1, patch=4, grid=3))
+    save_file(net.state_dict(), tmp_path / "meta.safetensors")
+    again = DINOv2.load(tmp_path / "meta.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters()))
+
+
+def test_the_scripts_take_transformers_folder(hub, chain, tmp_path):
+    call(train_vae, chain.stage1, f"--dino {hub[1]} --steps 1 --out {tmp_path}/vae")
+    assert json.loads((tmp_path / "vae/vae/reals.json").read_text())["dino"] == str(hub[1])
+    args = argparse.Namespace(features="dinov2", dino=str(hub[1]))
+    cls, name = fid.feature_net(args, "cpu")
+    images = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).to(torch.uint8)
+    assert name.startswith("dinov2 ") and cls(images)[0].shape == (2, 96)
 
 
 def test_names_and_their_order_are_metas(features):
