@@ -728,7 +728,7 @@ def flags():
     p.add_argument("--ref", help="what to compare with, likewise; an npz's own mu and sigma are used")
     p.add_argument("--features", choices=["inception", "dinov2"], default="inception", help="dinov2 gives FD")
     p.add_argument("--inception", default="inception", help="weight file (default: public); none: no rFID")
-    p.add_argument("--dino", default="vitl14", help="DINOv2's name or weight file, for --features dinov2")
+    p.add_argument("--dino", default="vitl14", help="DINOv2's name or file; a VAE's teacher is no fair judge")
     p.add_argument("--save-stats", metavar="FILE", help="keep --ref's statistics; works without SAMPLES, too")
     p.add_argument("--vae", nargs="+", default=[], help="measure these instead, paired with the first")
     p.add_argument("--data", help="folder of images for --vae")
