@@ -10,8 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import shlex
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,6 +35,7 @@ from vae import (
     fingerprint,
     from_uint8,
     load_strict,
+    made_by,
     normal,
     number,
     positive,
@@ -773,10 +772,7 @@ def write_result(name, value, args):
     old = results.get(name, {}).get("settings", {})
     if changed := [f"{k} {v}" for k, v in old.items() if v != settings.get(k) and k not in other]:
         print0(f"{args.out}: replaces what was there of {name}, measured with {', '.join(changed)}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    results[name] = {"value": value, "command": shlex.join(["python", *sys.argv]), "settings": settings}
-    results[name] |= {"seed": args.seed, "versions": versions, "device": device, "processes": world()}
+    results[name] = {"value": value, "settings": settings, "seed": args.seed, **made_by()}
     with survive(args.out):
         save(results, args.out)
 

@@ -21,9 +21,11 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 import traceback
@@ -1067,16 +1069,33 @@ def survive(path, last=False):
         print0(f"warning: {path} could not be written, the run goes on: {e}")
 
 
-class Log:
-    """Means over the steps and ranks between two lines; each line is printed, and appended to log.jsonl."""
+def made_by():
+    """What makes a result, {what: value}: the command, the code's commit or None, versions, device."""
+    commit, ask = None, "git describe --always --dirty --exclude=* --abbrev=40".split()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):          # there may be no git
+        how = dict(cwd=Path(__file__).resolve().parent, stderr=subprocess.DEVNULL, text=True, timeout=10)
+        commit = subprocess.check_output(ask, **how).strip()
+    about = {"command": shlex.join(["python", *sys.argv]), "commit": commit, "processes": world()}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {**about, "versions": versions, "device": device}
 
-    def __init__(self, args, step):
-        self.path, self.batch = Path(args.out, "log.jsonl"), args.batch
+
+class Log:
+    """Means over the steps and ranks between two lines; each line is printed, and appended to log.jsonl. Each
+    start of a run has a line there, too: step, start (its time) and made_by(). size: of all of its files."""
+
+    def __init__(self, args, step, size):
+        check_space(args.out, size)
+        self.path, self.batch, self.steps = Path(args.out, "log.jsonl"), args.batch, args.steps
         self.restart(step)
-        if rank() == 0 and self.path.is_file():     # lines after the checkpoint: their steps are made again
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-            with atomic(self.path) as f:
-                f.write("".join(line for line in lines if self.step_of(line) <= step).encode())
+        self.due = self.since + 60              # when to say how long it will take
+        if rank() == 0:                         # lines after the checkpoint go: their steps are made again
+            text = self.path.read_text(errors="replace") if self.path.is_file() else ""
+            lines = [line for line in text.splitlines() if self.step_of(line) <= step]
+            lines += [json.dumps({"step": step, "start": time.strftime("%Y-%m-%d %H:%M:%S %z"), **made_by()})]
+            with survive(self.path), atomic(self.path) as f:
+                f.write("".join(f"{line}\n" for line in lines).encode())
 
     def step_of(self, line):
         """The step of a line of log.jsonl; infinite where a kill or a disk has spoilt it."""
@@ -1106,6 +1125,9 @@ class Log:
         if rank() == 0:
             with survive(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
+        if self.since < self.due < time.time() and step < self.steps:
+            left = (self.steps - step) * self.batch / values["img/s"]
+            print0(f"about {datetime.timedelta(seconds=round(left))} to go")
         self.restart(step)
 
     def short(self, v):
@@ -1358,9 +1380,9 @@ def missing_ranges(done, size, ranks=None):
     return ranges[rank()::ranks or world()] if rank() < (ranks or world()) else []
 
 
-def check_space(folder, size, flag):
-    """Says how many bytes a folder is going to hold; UserError where its disk lacks them."""
+def check_space(folder, size, flag=None):
+    """Says how many bytes a folder is going to hold; with a flag, UserError where its disk lacks them."""
     size, free = size / 2**30, shutil.disk_usage(folder).free / 2**30
-    print0(f"{folder}: {size:.2f} GiB ({free:.0f} GiB free)")
-    if size > free:
+    print0(f"{folder}: will hold {size:.2f} GiB ({free:.0f} GiB free)")
+    if flag and size > free:
         raise UserError(f"{folder}: {size:.1f} GiB are needed, {free:.1f} free: {flag} names another place")

@@ -499,7 +499,7 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_serves(chain, tmp_pa
     one, other = (torch.load(tmp_path / f"{p}/ckpt.pt", weights_only=True) for p in ("whole", "run"))
     assert all(torch.equal(one["ema"][k], other["ema"][k]) for k in one["ema"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6]
+    assert steps == [0, 2, 2, 4, 6]  # of both starts, too
     (tmp_path / "run/ckpt.pt").write_bytes(raw)
     (tmp_path / "run/ckpt-before.pt").unlink()
     with pytest.raises(UserError, match="is damaged, and there is none before it"):

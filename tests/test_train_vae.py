@@ -108,7 +108,7 @@ def one_step(chain, out, more=""):
         f"--steps 1 --log-every 1 --gan-start 0 {more} --out {out}/run",
     )
     ckpt = torch.load(out / "run/ckpt.pt", weights_only=True)
-    return ckpt, json.loads((out / "run/log.jsonl").read_text())
+    return ckpt, json.loads((out / "run/log.jsonl").read_text().splitlines()[-1])
 
 
 def by_hand(chain, vgg, gan, features, dtype=torch.float32):
@@ -223,8 +223,8 @@ def test_a_run_leaves_a_folder_that_diffusers_reads(chain):
     with torch.no_grad():
         assert relative(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) < 1e-5
     assert (chain.root / "vae/pictures/0000004.png").is_file()
-    lines = [json.loads(line) for line in open(chain.root / "vae/log.jsonl")]
-    assert [line["step"] for line in lines] == [2, 4]
+    begun, *lines = [json.loads(line) for line in open(chain.root / "vae/log.jsonl")]
+    assert begun["step"] == 0 and [line["step"] for line in lines] == [2, 4]
     assert {
         "mse",
         "kl",
@@ -354,7 +354,9 @@ def test_a_log_of_steps_that_were_lost_does_not_say_them_twice(chain, tmp_path):
     torch.save({**ckpt, "step": 2}, tmp_path / "vae/ckpt.pt")
     (tmp_path / "vae/log.jsonl").write_text((tmp_path / "vae/log.jsonl").read_text() + '{"step": 6, "ms')
     call(T, f"{chain.stage1} --steps 4 --clip 1 --out {tmp_path}/vae")
-    assert [json.loads(line)["step"] for line in open(tmp_path / "vae/log.jsonl")] == [2, 4]
+    lines = [json.loads(line) for line in open(tmp_path / "vae/log.jsonl")]
+    assert [line["step"] for line in lines] == [0, 2, 2, 4]
+    assert ["start" in line for line in lines] == [True, False, True, False]
 
 
 def killed_at(step, learning_rate):
@@ -398,7 +400,8 @@ def test_a_signal_to_the_whole_process_group_saves_and_leaves(chain, tmp_path):
         text=True,
     )
     deadline = time.time() + 100
-    while not (tmp_path / "vae/log.jsonl").is_file() and time.time() < deadline:
+    log = tmp_path / "vae/log.jsonl"
+    while not (log.is_file() and "loss" in log.read_text()) and time.time() < deadline:
         time.sleep(0.2)
     os.killpg(run.pid, signal.SIGTERM)
     out, err = run.communicate(timeout=60)
@@ -571,7 +574,7 @@ def run_two(script, command):
 
 def logged(folder, *names):
     """The named values of log.jsonl, float64 [lines, names]: the file keeps all their digits."""
-    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    lines = [json.loads(line) for line in open(folder / "log.jsonl") if "start" not in json.loads(line)]
     return torch.tensor([[line[k] for k in names] for line in lines], dtype=torch.float64)
 
 

@@ -1,5 +1,6 @@
 """vae.py against diffusers, closed forms, golden crops, and files of every layout and kind of damage."""
 import copy
+import datetime
 import errno
 import hashlib
 import importlib
@@ -8,12 +9,15 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1079,7 +1083,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(trainer, tmp_path):
         """Of the first gradient: the one logged, and the one that the optimiser was given."""
         norms.clear()
         run(f"--clip {clip} --out {tmp_path}/{name}")
-        return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["grad norm"], norms[0]
+        return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["grad norm"], norms[0]
 
     whole, given = norm(0, "free")
     assert given == pytest.approx(whole, rel=1e-5)
@@ -1118,6 +1122,68 @@ def test_a_store_goes_on_where_it_stopped_and_refuses_what_it_is_not(tmp_path):
     V.check_space(tmp_path, 1, "--out")
     with pytest.raises(UserError, match="1073741824.0 GiB are needed, .* free: --out names another place"):
         V.check_space(tmp_path, 2**60, "--out")
+
+
+def test_a_log_says_what_made_it_at_every_start(tmp_path, monkeypatch, capsys):
+    """One line a start, which a resumed run keeps up to its checkpoint: the command, the commit where git
+    knows one, versions, device. And the disk that a run will take is said."""
+    monkeypatch.setattr(sys, "argv", ["train_sit.py", "--out", "a b"])
+    args = SimpleNamespace(out=str(tmp_path), batch=4, steps=1000)
+    V.Log(args, 0, 3 * 2**30).add({"loss": torch.ones(())})
+    said = capsys.readouterr().out.removeprefix(str(tmp_path))
+    assert re.fullmatch(r": will hold 3.00 GiB \(\d+ GiB free\)\n", said)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 2, "loss": 1}\n{"step": 4, "start": "lost"}\n{"step": 4, "loss": 1}\n{"st')
+    monkeypatch.setattr(V.subprocess, "check_output", no_git)
+    V.Log(args, 2, 2**60)                               # more than there is: said, but the run goes on
+    first, line, second = (json.loads(line) for line in open(tmp_path / "log.jsonl"))
+    assert (first["step"], second["step"], line) == (0, 2, {"step": 2, "loss": 1})
+    assert first["command"] == second["command"] == "python train_sit.py --out 'a b'"
+    begun = datetime.datetime.strptime(first["start"], "%Y-%m-%d %H:%M:%S %z")
+    assert abs(begun.timestamp() - time.time()) < 100 and first["versions"]["torch"] == torch.__version__
+    assert (first["device"], first["processes"], second["commit"]) == ("cpu", 1, None)
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+        assert first["commit"].removesuffix("-dirty") == head.strip()
+
+
+def no_git(*words, **how):
+    raise FileNotFoundError("git")
+
+
+@pytest.mark.parametrize("script, words", [
+    ("train_vae", "{c.stage1} --steps 4"),
+    ("train_vae", "{c.stage1} --steps 4 --init {c.root}/vae --train align --gan 0"),
+    ("train_sit", "{c.stage2} --steps 5 --keep 2 --log-every 100")])
+def test_a_run_takes_the_disk_that_it_says(chain, tmp_path, monkeypatch, script, words):
+    """Checkpoints, milestones and the VAE: to 15%, of which half is the discriminator, counted once too
+    often where it is larger than the VAE."""
+    sizes = []
+    monkeypatch.setattr(V, "check_space", lambda folder, size: sizes.append((folder, size)))
+    call(importlib.import_module(script), words.format(c=chain), f"--out {tmp_path}")
+    files = [f for f in tmp_path.rglob("*") if f.suffix in (".pt", ".safetensors")]
+    assert len(files) == (5 if script == "train_sit" else 4)
+    assert sizes == [(str(tmp_path), pytest.approx(sum(f.stat().st_size for f in files), rel=0.15))]
+
+
+def test_after_a_minute_a_run_says_how_long_it_will_take(tmp_path, monkeypatch, capsys):
+    """Once, at the first line after it, by the speed since the line before: here 100 of 1,000 steps take 40
+    s, so after 200 steps 320 s are left."""
+    now = [1e9]
+    monkeypatch.setattr(V, "time", SimpleNamespace(time=lambda: now[0], strftime=time.strftime))
+    log, said = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=1000), 0, 0), []
+    capsys.readouterr()
+    for step in range(100, 1100, 100):
+        now[0] += 40
+        log.add({"loss": torch.ones(())})
+        log.line(step, {})
+        said.append([line for line in capsys.readouterr().out.splitlines() if "to go" in line])
+    assert said == [[], ["about 0:05:20 to go"], *[[]] * 8]
+    log = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=1000), 900, 0)
+    now[0] += 4000
+    log.add({"loss": torch.ones(())})
+    log.line(1000, {})                                  # the last line: nothing is left
+    assert "to go" not in capsys.readouterr().out
 
 
 def test_what_a_user_can_mend_is_one_line_and_a_bug_is_none():
