@@ -5,6 +5,8 @@
     python tests/figures.py scales --ckpt out/sit --scales 1 1.8 4      # one seed, several guidance scales
     python tests/figures.py trajectory --ckpt out/sit --cfg 1.8         # what each step takes the end to be
     python tests/figures.py kl --vae out/vae-kl* --results out/figure5.json             # Figure 5
+    python tests/figures.py curves out/vae out/vae-none                 # all that is in the logs of runs
+    python tests/figures.py neighbours out/samples/samples.npz --data imagenet/train    # copies of them?
 
 Figure 3 is sample.py --cfg 4 --interval 0 1, Figure 4 sample.py --tasks.
 """
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import shapes
+from watch import curves, neighbours, page, palette_of
 
 import fid
 import sample
@@ -33,7 +35,6 @@ from vae import (
     atomic,
     fingerprint,
     from_uint8,
-    grid,
     normal,
     print0,
     progress,
@@ -57,7 +58,8 @@ def flags():
         q.set_defaults(function=function)
         return q
 
-    mapped, compared, scaled, followed, swept = map(figure, (tsne, attention, scales, trajectory, kl))
+    drawn = tsne, attention, scales, trajectory, kl, curves, neighbours
+    mapped, compared, scaled, followed, swept, watched, doubted = map(figure, drawn)
     for q, split, num in ((mapped, "train", 128), (compared, "val", 4)):
         q.add_argument("--vae", nargs="+", required=True,
                        help="side by side: public names, runs, folders or files")
@@ -75,6 +77,13 @@ def flags():
     followed.add_argument("--points", type=int, default=8, help="columns, spread over the steps")
     swept.add_argument("--vae", nargs="+", required=True, help="runs of train_vae.py that differ in --kl")
     swept.add_argument("--results", required=True, help="what fid.py wrote about samples on each of them")
+    watched.add_argument("runs", nargs="+", help="folders with a log.jsonl, of either stage")
+    doubted.add_argument("samples", help="npz with arr_0, or a folder of images, as sample.py's OUT/images")
+    doubted.add_argument("--data", default="imagenet/train", help="what the generator was trained on")
+    doubted.add_argument("--val", help="what it never saw, to compare with")
+    doubted.add_argument("--dino", default="vitl14", help="DINOv2's name or weight file")
+    doubted.add_argument("--size", type=int, help="center crop in pixels; default: the samples' side")
+    doubted.add_argument("--num", type=int, default=16, help="rows of the sheet")
     args, rest = p.parse_known_args()
     if args.figure in ("scales", "trajectory"):
         sys.argv[1:] = rest
@@ -186,14 +195,6 @@ def of_classes(args, data):
     return names, chosen
 
 
-def palette_of(n):
-    """n colors, [(red, green, blue), ...]: hues around the circle, every other one darker."""
-    hue = np.linspace(0, 2 * np.pi, n, endpoint=False)[:, None, None]
-    light = np.where(np.arange(n) % 2, 0.55, 0.75)[:, None, None]
-    colors = (255 * shapes.color(light, 0.15, hue)[..., 0, 0]).astype(int)
-    return [tuple(c) for c in colors.tolist()]
-
-
 def tsne(args, device):
     """Figure 1a: latents of ten classes on a map, by the flattened posterior means, PCA to 50 dimensions and
     exact t-SNE; above each panel the share of latents, before any reduction, whose nearest neighbor is of
@@ -280,22 +281,6 @@ def attention(args, device):
 
 
 # ----------------------------------------------------------------------------------- pictures from a sampler
-
-
-def page(tiles, rows, columns):
-    """uint8 tiles [R*C,3,H,W] as a picture, a title left of each of the R rows and above each of the C
-    columns."""
-    tiles = F.interpolate(tiles.float(), scale_factor=max(1, 128 // tiles.shape[-1])).to(torch.uint8)
-    sheet, side = grid(tiles, columns=len(columns)), tiles.shape[-1] + 2
-    left, top = 12 + 7 * max(map(len, rows)), 18
-    out = Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
-    out.paste(sheet, (left, top))
-    pen = ImageDraw.Draw(out)
-    for k, text in enumerate(rows):
-        pen.text((4, top + k * side + side // 2 - 6), text, fill="black")
-    for k, text in enumerate(columns):
-        pen.text((left + k * side + 4, 3), text, fill="black")
-    return out
 
 
 def prepare(args, device):
