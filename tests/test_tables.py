@@ -63,6 +63,11 @@ def commands(do, smaller=None, section="Tables 1 and 3"):
     for at_full_size, tiny in (smaller or {}).items():
         assert at_full_size in code, at_full_size
         code = code.replace(at_full_size, tiny)
+    told(code, do)
+
+
+def told(code, do):
+    """Calls do(script, words) for each command of this bash code, likewise."""
     with subprocess.Popen(["bash", "-euc", ASK + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as bash:
         for line in bash.stdout:
@@ -95,6 +100,29 @@ def test_every_command_parses():
     paper = ["train_vae.py", "train_sit.py", "sample.py", "sample.py", "fid.py", "fid.py"]
     claim = ["train_vae.py", "train_sit.py", "train_sit.py", "sample.py", "sample.py", "fid.py"]
     assert seen == paper + claim
+
+
+@needs_bash
+def test_the_loop_scores_each_milestone_once_it_is_there(tmp_path, monkeypatch):
+    """A sleep in which the next one appears, and each is sampled and scored in its turn."""
+    monkeypatch.chdir(tmp_path)
+    Path("out/B-vae").mkdir(parents=True)
+    Path("out/B-vae/0050000.pt").touch()
+    code, seen = PAPER.split("```bash\n")[1].split("```")[0], []
+    told('sleep() { echo "sleep $1"; read -r; }\n' + code, lambda *call: seen.append(call) or appear(*call))
+    slept, asked = [c for c in seen if c[0] == "sleep"], [c for c in seen if c[0] != "sleep"]
+    assert len(code.splitlines()) == 5 and len(slept) == 7 and len(asked) == 16
+    for k, (draw, score) in enumerate(zip(asked[::2], asked[1::2])):
+        name = f"out/B-vae/{50_000 * (k + 1):07d}"
+        drawn, scored = parse(*draw), parse(*score)
+        assert (draw[0], drawn.ckpt, drawn.out, drawn.npz) == ("sample.py", f"{name}.pt", f"{name}-10k", "")
+        assert (score[0], scored.samples) == ("fid.py", [f"{name}-10k/samples.npz"])
+
+
+def appear(script, words):
+    """While the loop sleeps, the trainer writes its next milestone."""
+    if script == "sleep":
+        Path(f"out/B-vae/{50_000 * (1 + len(list(Path('out/B-vae').iterdir()))):07d}.pt").touch()
 
 
 @pytest.mark.parametrize("name", ["README.md", "tests/PAPER.md", "tests/RESULTS.md"])
