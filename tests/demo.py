@@ -48,20 +48,20 @@ from vae import (
     to_uint8,
 )
 
-# How much of everything. vae, tune and sit are flags of train_vae.py (from nothing, then fine-tuning) and of
-# train_sit.py.
+# How much of everything; guidance is that of the samples in the picture. vae, tune and sit are flags of
+# train_vae.py (from nothing, then fine-tuning) and of train_sit.py.
 SHAPES = dict(
-    train=12000, test=5000, samples=1000, steps=30, judge=200, teacher=400,
+    train=12000, test=5000, samples=1000, steps=30, guidance=3, judge=200, teacher=400,
     vae="--steps 1000 --batch 16 --lr 3e-3 --warmup 100",
     tune="--steps 500 --batch 16 --lr 1.5e-3 --warmup 50",
     sit="--steps 3400 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 PHOTOGRAPHS = dict(
-    train=None, test=None, samples=1000, steps=50, judge=300, teacher=1000,
+    train=None, test=None, samples=1000, steps=50, guidance=2, judge=300, teacher=1000,
     vae="--steps 3500 --batch 16 --lr 3e-3 --warmup 100",
     tune="--steps 1000 --batch 16 --lr 1.5e-3 --warmup 50",
     sit="--steps 6500 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
 QUICK = dict(
-    train=600, test=200, samples=40, steps=8, judge=20, teacher=20,
+    train=600, test=200, samples=40, steps=8, guidance=2, judge=20, teacher=20,
     vae="--steps 20 --batch 16 --lr 2e-3", tune="--steps 20 --batch 16 --lr 1e-3",
     sit="--steps 60 --batch 32 --lr 1.5e-3 --ema 0.95")
 
@@ -230,7 +230,7 @@ def arm(args, name, align):
 
     title(f"{name}: samples and scores")
     samples = []
-    for cfg in (1, 2):
+    for cfg in (1, preset["guidance"]):
         folder = out / f"samples-{name}-cfg{cfg}"
         commands[f"samples cfg {cfg}"] = run(
             "sample.py", "--ckpt", sit, f"--num {preset['samples']} --npz --labels balanced --sampler euler",
@@ -276,7 +276,7 @@ def load_arm(args, name):
 
 def load_samples(args, name):
     """An arm's guided samples: uint8 [N,3,S,S], labels [N], latents [N,C,h,w]."""
-    with np.load(args.out / f"samples-{name}-cfg2/samples.npz") as held:
+    with np.load(args.out / f"samples-{name}-cfg{args.preset['guidance']}/samples.npz") as held:
         images, labels, latents = (torch.from_numpy(held[key]) for key in ("arr_0", "arr_1", "latents"))
     return images.permute(0, 3, 1, 2), labels, latents
 
@@ -317,13 +317,13 @@ def masks(args, name="aligned"):
 def table(args, commands, found_masks):
     """The end of the story: a column for each arm, a line for each number, and the commands that made them,
     {arm: {what: command}}."""
-    n, out = args.preset["samples"], args.out
+    n, cfg, out = args.preset["samples"], args.preset["guidance"], args.out
     samples, anchor = "samples-{}-cfg%d/samples.npz", "anchors-{}/%s.npz"
     columns = {                                                     # who measured, which file, its number
         "FD cfg 1": ("judge", samples % 1, "fd"),
-        "FD cfg 2": ("judge", samples % 2, "fd"),
+        f"FD cfg {cfg}": ("judge", samples % cfg, "fd"),
         "named cfg 1": ("judge", samples % 1, "accuracy"),
-        "named cfg 2": ("judge", samples % 2, "accuracy"),
+        f"named cfg {cfg}": ("judge", samples % cfg, "accuracy"),
         "FD reconstr.": ("judge", anchor % "reconstructions", "fd"),
         "FD noise": ("judge", anchor % "noise", "fd"),
         "PSNR": ("vae", "", "psnr"),
@@ -375,7 +375,7 @@ def story(args, generated, name="aligned"):
     rows = {"real": real,
             "reconstructed": to_uint8(model.decode(mean)),
             "latents, PCA": to_uint8(2 * F.interpolate(colors, scale_factor=model.f) - 1),
-            "samples, cfg 2": samples[chosen]}
+            f"samples, cfg {args.preset['guidance']}": samples[chosen]}
     if generated is not None:
         rows["their masks"] = samples[chosen] * generated[chosen][:, None]
     with atomic(args.out / "story.png") as f:
