@@ -391,8 +391,8 @@ def main():
 
     done = start_step
     with lock(args.out), Stop(save_now) as stop:
-        copies = 8 + math.ceil(args.steps / args.keep)      # two checkpoints of net, EMA and AdamW's moments
-        log = Log(args, start_step, copies * sum(p.nbytes for p in net.parameters()))
+        size = sum(p.nbytes for p in net.parameters())          # a checkpoint: net, EMA, AdamW's two moments
+        log = Log(args, start_step, 4 * size, math.ceil(args.steps / args.keep) * size)
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss
         for step in range(start_step, args.steps):

@@ -329,8 +329,8 @@ def main():
 
     done = start_step
     with lock(args.out), Stop(save_now) as stop:
-        size = sum(p.nbytes * (7 if p.requires_grad else 3) for net in nets for p in net.parameters())
-        log = Log(args, start_step, size)                       # two checkpoints with AdamW's moments; a VAE
+        sizes = [p.nbytes * (3 if p.requires_grad else 1) for net in nets for p in net.parameters()]
+        log = Log(args, start_step, sum(sizes), sum(p.nbytes for p in stage1.parameters()))
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):
             for k in range(accumulation):

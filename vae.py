@@ -1081,12 +1081,27 @@ def made_by():
     return {**about, "versions": versions, "device": device}
 
 
+def try_disk(folder, size):
+    """Under torchrun, says how long a checkpoint of so many bytes takes, if it may be killed meanwhile."""
+    if rank() > 0 or world() == 1:
+        return
+    probe, begun = Path(folder, "probe"), time.time()
+    with survive(probe), atomic(probe) as f:
+        f.write(bytes(2**26))
+    probe.unlink(missing_ok=True)
+    seconds = (time.time() - begun) * size / 2**26
+    if seconds > 15:
+        print0(f"note: a checkpoint takes some {seconds:.0f} s to write here, and torchrun kills 30 s after "
+               "SIGTERM; if it knows --shutdown-timeout, give more")
+
+
 class Log:
     """Means over the steps and ranks between two lines; each line is printed, and appended to log.jsonl. Each
-    start of a run has a line there, too: step, start (its time) and made_by(). size: of all of its files."""
+    start of a run has a line there, too: step, start (its time) and made_by(). checkpoint, rest: bytes."""
 
-    def __init__(self, args, step, size):
-        check_space(args.out, size)
+    def __init__(self, args, step, checkpoint, rest):
+        check_space(args.out, 2 * checkpoint + rest)
+        try_disk(args.out, checkpoint)
         self.path, self.batch, self.steps = Path(args.out, "log.jsonl"), args.batch, args.steps
         self.restart(step)
         self.due = self.since + 60              # when to say how long it will take
@@ -1309,7 +1324,7 @@ def save_checkpoint(args, step, parts, more, last=True, alone=False):
     """OUT/ckpt.pt, from which the same command goes on: each part's state_dict() by its name, and more.
     The one before stays as ckpt-before.pt. If it is not the last, a full disk is only a warning. alone: the
     other processes do not take part."""
-    path, begun = Path(args.out, "ckpt.pt"), time.time()
+    path = Path(args.out, "ckpt.pt")
     if rank() == 0:
         states = {name: part.state_dict() for name, part in parts.items()}
         with survive(path, last):
@@ -1318,9 +1333,6 @@ def save_checkpoint(args, step, parts, more, last=True, alone=False):
                 with contextlib.suppress(OSError):           # a file system without links keeps one
                     os.link(path, path.with_name("ckpt-before.pt"))
             save({"step": step, "args": plain(args), **states, **more}, path)
-        if time.time() - begun > 15 and world() > 1:
-            print0(f"note: {path} took {time.time() - begun:.0f} s. 30 s after SIGTERM torchrun kills; newer "
-                   "ones know --shutdown-timeout")
     if not alone:
         barrier()
 

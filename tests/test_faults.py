@@ -385,6 +385,17 @@ def test_what_the_system_does_is_one_line_and_a_bug_is_none(error, says):
     assert line is None if says is None else says in line and "\n" not in line
 
 
+def test_more_processes_than_gpus_and_a_full_gpu_are_one_line(monkeypatch):
+    """As a machine with one GPU would have it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="--nproc_per_node 2 or more, but 1 GPU"):
+        vae.start()
+    line = vae.for_the_user(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee"))
+    assert line.startswith("out of memory; hold fewer images at once (--micro") and "\n" not in line
+
+
 @pytest.mark.parametrize("script", ["train_vae.py", "train_sit.py", "sample.py", "fid.py"])
 def test_help_is_shown_on_any_console(script):
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
@@ -579,6 +590,20 @@ def test_a_loss_that_is_not_a_number_skips_its_step_though_the_gradient_is_one(
     monkeypatch.setattr(train_vae.F, "mse_loss", lambda *args: mse(*args) + torch.nan)
     with pytest.raises(UserError, match="ten steps in a row"):
         call(train_vae, chain.stage1, f"--steps 12 --out {tmp_path}/vae")
+
+
+@pytest.mark.parametrize("size, says", [(2**31, "a checkpoint takes some 32 s"), (2**26, None)])
+def test_a_checkpoint_that_takes_longer_than_torchrun_waits_is_said_at_the_start(
+    tmp_path, monkeypatch, capsys, size, says
+):
+    """The disk takes a second for each time that it is asked: 64 MiB, as the clock sees it."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(vae, "world", lambda: 2)
+    monkeypatch.setattr(vae.time, "time", lambda: next(clock))
+    vae.try_disk(tmp_path, size)
+    said = capsys.readouterr().out
+    assert says in said and "--shutdown-timeout" in said if says else said == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_hung_up_terminal_is_like_a_termination():

@@ -1129,13 +1129,13 @@ def test_a_log_says_what_made_it_at_every_start(tmp_path, monkeypatch, capsys):
     knows one, versions, device. And the disk that a run will take is said."""
     monkeypatch.setattr(sys, "argv", ["train_sit.py", "--out", "a b"])
     args = SimpleNamespace(out=str(tmp_path), batch=4, steps=1000)
-    V.Log(args, 0, 3 * 2**30).add({"loss": torch.ones(())})
+    V.Log(args, 0, 2**30, 2**30).add({"loss": torch.ones(())})
     said = capsys.readouterr().out.removeprefix(str(tmp_path))
     assert re.fullmatch(r": will hold 3.00 GiB \(\d+ GiB free\)\n", said)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 2, "loss": 1}\n{"step": 4, "start": "lost"}\n{"step": 4, "loss": 1}\n{"st')
     monkeypatch.setattr(V.subprocess, "check_output", no_git)
-    V.Log(args, 2, 2**60)                               # more than there is: said, but the run goes on
+    V.Log(args, 2, 0, 2**60)                              # more than there is: said, but the run goes on
     first, line, second = (json.loads(line) for line in open(tmp_path / "log.jsonl"))
     assert (first["step"], second["step"], line) == (0, 2, {"step": 2, "loss": 1})
     assert first["command"] == second["command"] == "python train_sit.py --out 'a b'"
@@ -1171,7 +1171,7 @@ def test_after_a_minute_a_run_says_how_long_it_will_take(tmp_path, monkeypatch, 
     s, so after 200 steps 320 s are left."""
     now = [1e9]
     monkeypatch.setattr(V, "time", SimpleNamespace(time=lambda: now[0], strftime=time.strftime))
-    log, said = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=1000), 0, 0), []
+    log, said = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=1000), 0, 0, 0), []
     capsys.readouterr()
     for step in range(100, 1100, 100):
         now[0] += 40
@@ -1179,7 +1179,7 @@ def test_after_a_minute_a_run_says_how_long_it_will_take(tmp_path, monkeypatch, 
         log.line(step, {})
         said.append([line for line in capsys.readouterr().out.splitlines() if "to go" in line])
     assert said == [[], ["about 0:05:20 to go"], *[[]] * 8]
-    log = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=1000), 900, 0)
+    log = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=1000), 900, 0, 0)
     now[0] += 4000
     log.add({"loss": torch.ones(())})
     log.line(1000, {})                                  # the last line: nothing is left
