@@ -7,8 +7,8 @@
 
 A run is a folder of train_sit.py, or one of its milestones. out/vae/vae is for diffusers as it is. But SiT's,
 DiT's and diffusers' own programs know only a factor, x = 0.18215 z, so they draw with the last recipe's VAE
-(the normalisation goes into quant_conv and post_quant_conv, which SD3's and Flux's lack). Samples are SiT's path (linear, velocity) or
-DiT's diffusion. Beside diffusers' two files lie in out/vae/vae:
+(the normalisation goes into quant_conv and post_quant_conv; SD3's and Flux's VAEs lack them). Samples are
+SiT's path (linear, velocity) or DiT's diffusion. Beside diffusers' two files lie in out/vae/vae:
 
 | file | name | shape | |
 |---|---|---|---|
