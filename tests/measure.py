@@ -124,10 +124,10 @@ def matmul_peak(n=8192):
 
 
 def wake(net):
-    """A new network's zeros become small numbers, so that all of it counts."""
+    """A new network's zeros become numbers of usual size, so that all of it counts."""
     for p in net.parameters():
         if not p.any():
-            nn.init.normal_(p, std=0.02)
+            nn.init.normal_(p, std=0.2 if p.ndim == 1 else 0.5 / p[0].numel() ** 0.5)
     return net
 
 
