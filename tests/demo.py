@@ -51,7 +51,7 @@ from vae import (
 # How much of everything; guidance is that of the samples in the picture. vae, tune and sit are flags of
 # train_vae.py (from nothing, then fine-tuning) and of train_sit.py.
 SHAPES = dict(
-    train=12000, test=5000, samples=1000, steps=30, guidance=3, judge=200, teacher=400,
+    train=12000, test=5000, samples=1000, steps=20, guidance=3, judge=200, teacher=400,
     vae="--steps 1000 --batch 16 --lr 3e-3 --warmup 100",
     tune="--steps 500 --batch 16 --lr 1.5e-3 --warmup 50",
     sit="--steps 3400 --batch 32 --lr 1.5e-3 --warmup 100 --ema 0.997")
