@@ -111,7 +111,7 @@ def load(ckpt, vae=None, process=None):
     except UserError as e:
         raise UserError(f"{e}; --vae names another place of it") from None
     if model.info and fingerprint(vae, ENCODER) != model.info["vae"]["hash"]:
-        raise UserError(f"{ckpt} was trained on another encoder's latents than {source}'s; see --vae")
+        raise UserError(f"{ckpt} was trained on another VAE's latents than {source}'s; see --vae")
     if vae.z_channels != model.channels:
         raise UserError(f"{ckpt} makes {model.channels} latent channels, this VAE decodes {vae.z_channels}")
     norm = Normalizer(**model.info.get("normalizer", {"own": (vae.factor, vae.shift)}))

@@ -187,7 +187,8 @@ def test_draws_depend_on_seed_step_and_place_alone(chain):
 )
 def test_a_std_that_trains_badly_is_warned_of(chain, capsys, words, raw, std, warns):
     z = raw * torch.randn(4, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    vae, cache = types.SimpleNamespace(info={}), types.SimpleNamespace(stats=V.statistics([z]))
+    vae = types.SimpleNamespace(info={}, factor=0.18215, shift=0.0)
+    cache = types.SimpleNamespace(stats=V.statistics([z]))
     T.normalizer(args_of(chain, words), vae, cache)
     said = capsys.readouterr().out
     seen = float(said.split(", std ")[1].split()[0])
@@ -345,7 +346,7 @@ def test_a_run_follows_its_weights_with_the_decay_asked_for_and_says_what_it_tak
     for k, v in held["ema"].items():
         assert torch.allclose(v, 0.25 * start[k] + 0.75 * held["net"][k], atol=1e-7), k
     assert any((held["net"][k] - start[k]).abs().max() > 1e-4 for k in start)
-    assert "latents: 0.00 GiB (" in said
+    assert "latents: will hold 0.00 GiB (" in said
 
 
 def test_repa_resizes_its_teachers_positions_and_clips_at_one(chain, tmp_path, monkeypatch):

@@ -534,7 +534,7 @@ def test_the_decoder_alone_is_repaired_and_stage_2_goes_on_with_it(chain, tmp_pa
     with torch.no_grad():
         other.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
     other.save(tmp_path / "other")
-    with pytest.raises(V.UserError, match="trained on another encoder's latents"):
+    with pytest.raises(V.UserError, match="trained on another VAE's latents"):
         call(sample, draw, f"--vae {tmp_path}/other")
     with pytest.raises(V.UserError, match="another vae"):
         call(train_sit, chain.stage2, f"--vae {tmp_path}/other --steps 9 --out {tmp_path}/sit")
