@@ -22,7 +22,6 @@ jobs against peers are in this file, their peers in peers.py, the others in insi
 """
 import argparse
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -65,7 +64,7 @@ import sample
 import train_sit
 import train_vae
 from sit import Flow, Guided, SiT, size
-from vae import VAE, Images, Normalizer, from_uint8, normal, run_script, start, to_uint8
+from vae import VAE, Images, Normalizer, from_uint8, normal, read_json, run_script, start, to_uint8
 
 WAYS = {"sit": "SiT's way, same latents", "repa": "REPA's way, a file of latents each, clipping",
         "diffusers": "diffusers' DiT and EMA, same latents", "sit-vae": "SiT's way, VAE at every step"}
@@ -153,8 +152,7 @@ def step(args):
             norm, kind = Normalizer(), peers.DiffusersWay if way == "diffusers" else peers.DiffusionWay
             extra = {}
             if way == "repa":
-                cache = train_sit.Cache(args.out / f"latents-{side}", json.loads(
-                    (args.out / f"latents-{side}/manifest.json").read_text()))
+                cache = train_sit.Cache(Path(how.cache), read_json(Path(how.cache, "manifest.json")))
                 extra = {"files": peers.LatentFiles(cache, args.out / f"files-{side}")}
             if way == "sit-vae":
                 extra = {"vae": peers.diffusers_vae(a_vae(args)).to(device).eval().requires_grad_(False),

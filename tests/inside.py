@@ -104,7 +104,7 @@ def probe(script, began, torch_there, imported):
 def starts(args):
     """what the start of sample.py and of both trainers is made of"""
     args.batch, args.workers, model = 2, 0, "T" if args.tiny else args.model
-    runs = {train_sit: (stage2_words(args, model, 2, args.size), args.out / "start-sit"),
+    runs = {train_sit: (stage2_words(args, model, 2, args.size, small=False), args.out / "start-sit"),
             train_vae: (stage1_words(args, args.teacher, args.size), args.out / "start-vae")}
 
     def one_step(batches, *_):

@@ -176,9 +176,10 @@ def stage1_words(args, teacher, side):
             f"--dino {a_teacher(args, teacher)} --gan-start 0 --batch {args.batch} --workers {args.workers}")
 
 
-def stage2_words(args, model, batch, side):
-    return (f"--data {pictures(args, side)} --size {side} --vae {a_vae(args, True)} --norm none "
-            f"--cache {args.out}/latents-{side} --model {model} --batch {batch} --workers {args.workers}")
+def stage2_words(args, model, batch, side, small=True):
+    vae = a_vae(args, small)
+    return (f"--data {pictures(args, side)} --size {side} --vae {vae} --norm none --model {model} "
+            f"--cache {args.out}/latents-{side}-{vae.name} --batch {batch} --workers {args.workers}")
 
 
 # ----------------------------------------------------------------------------------- trainers, while they run
