@@ -317,10 +317,6 @@ def main():
     batches = loader(draws, micro_batches(args, start_step), args)
     watched = rng(args.seed, "subset", 1).permutation(len(val))[:8].tolist()
     watched = from_uint8(torch.stack([val.first_readable(i)[0] for i in watched])).to(device, dtype)
-    watched_targets = None
-    if args.features in ("both", "patch"):
-        with torch.no_grad(), autocast():
-            watched_targets = teacher.targets(watched, side)[0].to(dtype)
     print0(f"{sum(p.numel() for p in trained):,} parameters, {len(images):,} images")
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
@@ -389,8 +385,10 @@ def main():
                 log.line(done, {"lr": lr, "PSNR": reconstruct(stage1.vae, watched)[1]})
             last = done == args.steps or stopping
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
+                with autocast():
+                    theirs = teacher.targets(watched, side)[0] if args.features in ("both", "patch") else None
                 with survive(f"{args.out}/pictures", last):
-                    picture(stage1, watched, watched_targets, f"{args.out}/pictures/{done:07d}.png")
+                    picture(stage1, watched, theirs, f"{args.out}/pictures/{done:07d}.png")
             if done % args.save_every == 0 or last:
                 save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, last)
             stop.heed(step)
