@@ -207,11 +207,11 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images [B,3,H,W] in [-1,1] <-> latents [B,z_channels,H/f,W/f], f = 2^(len(mult)-1); H and W multiples
     of f. The defaults are SD-VAE's 83,653,863 parameters; the parameter names are those of diffusers.
-    quant: with 1 x 1 convolutions on both sides of the latents, which SD3 and Flux have not; factor, shift:
-    its own generators see factor (z - shift)."""
+    quant, post_quant: with a 1 x 1 convolution before and after the latents, which SD3 and Flux have not;
+    factor, shift: its own generators see factor (z - shift)."""
 
     def __init__(self, ch=128, mult=(1, 2, 4, 4), blocks=2, z_channels=4, groups=None, quant=True,
-                 factor=FACTOR, shift=0.0):
+                 post_quant=True, factor=FACTOR, shift=0.0):
         super().__init__()
         self.settings = arguments(locals())
         self.z_channels, self.f, self.groups = z_channels, 2 ** (len(mult) - 1), groups or min(32, ch)
@@ -222,7 +222,7 @@ class VAE(nn.Module):
         self.encoder = Encoder(widths, blocks, z_channels, self.groups)
         self.decoder = Decoder(widths, blocks, z_channels, self.groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if post_quant else nn.Identity()
         self.init_weights()
         self.folder, self.info, self.config = None, {}, {}   # where it was read from: reals.json, config.json
 
@@ -279,7 +279,7 @@ class VAE(nn.Module):
         config |= {"in_channels": 3, "out_channels": 3, "latent_channels": s["z_channels"], "act_fn": "silu"}
         config |= {"block_out_channels": [round(s["ch"] * m) for m in s["mult"]]}
         config |= {"layers_per_block": s["blocks"], "norm_num_groups": self.groups}
-        config |= {"use_quant_conv": s["quant"], "use_post_quant_conv": s["quant"]}
+        config |= {"use_quant_conv": s["quant"], "use_post_quant_conv": s["post_quant"]}
         config["down_block_types"] = ["DownEncoderBlock2D"] * levels
         config["up_block_types"] = ["UpDecoderBlock2D"] * levels
         save(config, folder / "config.json")
@@ -505,14 +505,18 @@ def vae_sizes(state, name, config):
     groups = config.get("norm_num_groups") or min(32, widths[0])
     if not isinstance(groups, int) or groups < 1 or any(w % groups for w in widths):
         raise UserError(f"{name}: widths {widths} are no multiples of config.json's {groups!r} groups")
-    quant, z_channels = "quant_conv.weight" in state, width("encoder.conv_out.weight") // 2
-    own = {"block_out_channels": widths, "latent_channels": z_channels, "use_quant_conv": quant}
+    quant, post_quant = ("quant_conv.weight" in state, "post_quant_conv.weight" in state)
+    z_channels = width("encoder.conv_out.weight") // 2
+    own = {"block_out_channels": widths, "latent_channels": z_channels}
+    own |= {"use_quant_conv": quant, "use_post_quant_conv": post_quant}
     for field, value in own.items():
         if config.get(field, value) != value:
             raise UserError(f"{name}: {field} is {value} by its tensors, but {config[field]} in config.json")
-    sizes = dict(ch=widths[0], mult=mult, blocks=blocks, z_channels=z_channels, groups=groups, quant=quant)
-    sizes["factor"] = config.get("scaling_factor") or FACTOR
-    return sizes | dict(shift=config.get("shift_factor") or 0.0)
+    factor, shift = config.get("scaling_factor") or FACTOR, config.get("shift_factor") or 0.0
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (factor, shift)):
+        raise UserError(f"{name}: config.json's factor {factor!r} or shift {shift!r} is no number")
+    sizes = dict(ch=widths[0], mult=mult, blocks=blocks, z_channels=z_channels, groups=groups)
+    return sizes | dict(quant=quant, post_quant=post_quant, factor=factor, shift=shift)
 
 
 # ============================================================================================================
@@ -602,7 +606,10 @@ def read(source):
     if isinstance(source, dict):
         return source
     if str(source).endswith(".index.json"):
-        parts = sorted(set(read_json(source).get("weight_map", {}).values()))
+        names = read_json(source).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{source}: no weight_map, which says where each tensor lies")
+        parts = sorted(set(names.values()))
         return {k: v for part in parts for k, v in read(Path(source).parent / part).items()}
     if Path(source).suffix == ".safetensors" and Path(source).is_file():
         return read_safetensors(Path(source))
@@ -738,7 +745,8 @@ class Images(Dataset):
         names, table = [p.split("/")[0] if "/" in p else None for p in self.paths], self.root / "labels.csv"
         if any(names) or not table.is_file():
             return names
-        rows = (re.split(r"[,\s]+", line, maxsplit=2) for line in table.read_text("utf-8-sig").splitlines())
+        lines = table.read_text("utf-8-sig", "replace").splitlines()
+        rows = (re.split(r"[,\s]+", line, maxsplit=2) for line in lines)
         classes = {row[0]: row[1] for row in rows if len(row) > 1}
         names = [classes.get(p) or classes.get(p.rsplit(".", 1)[0]) for p in self.paths]
         if None in names:
@@ -1048,8 +1056,8 @@ class Stop:
         """After a step and its save: warns where it was skipped; at the tenth in a row UserError; after a
         signal exits, as a process ended by it does."""
         if self.skipped:
-            text = f"step {step}: the gradient is not finite; the step was skipped; --clip 1 may help"
-            text += ", or --dtype fp32 in the place of bf16"
+            text = f"step {step}: the gradient is not finite; the step was skipped; --clip 1 may help, or"
+            text += " --dtype fp32 in the place of bf16 (so it is where the loss alone is not finite)"
             if self.skipped == 10:
                 raise UserError(f"{text} (ten steps in a row)")
             print0(f"warning: {text}")

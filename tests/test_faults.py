@@ -441,6 +441,26 @@ def test_a_killed_run_goes_on_at_once_and_ends_where_an_uninterrupted_one_does(
     assert all(torch.equal(one[name][k], other[name][k]) for k in one[name])
 
 
+def test_the_cache_asks_for_this_machines_ranks_and_for_its_manifest_under_the_lock(
+    chain, tmp_path, monkeypatch
+):
+    """Between the first look and the lock another run may have begun, and here finished, the same cache."""
+    asked, lock = [], vae.lock
+    ranges = lambda done, size, ranks: asked.append(ranks) or vae.missing_ranges(done, size)  # noqa: E731
+
+    def late(folder, flag="--out", **how):
+        if flag == "--cache":
+            shutil.copytree(chain.root / "latents", folder)
+        return lock(folder, flag, **how)
+
+    monkeypatch.setattr(train_sit, "missing_ranges", ranges)
+    monkeypatch.setattr(train_sit, "lock", late)
+    monkeypatch.setattr(train_sit, "make_arrays", None)                 # it would empty what is there
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    call(train_sit, chain.stage2, f"--cache {tmp_path}/latents --steps 1 --out {tmp_path}/run")
+    assert asked == [3]
+
+
 def test_a_place_that_cannot_be_written_to_is_named_with_its_flag(chain, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="file: no folder to write to .*--out names another one"):
