@@ -71,28 +71,19 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * x)
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class Block(nn.Module):
     def __init__(self, dim, heads, ffn, hidden):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.ls1 = LayerScale(dim)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})      # layer scale, under the public name
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = {"mlp": mlp, "swiglu": SwiGLU}[ffn](dim, hidden)
-        self.ls2 = LayerScale(dim)
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
     def forward(self, x):                                       # [B, N, D]
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1.gamma * self.attn(self.norm1(x))
+        return x + self.ls2.gamma * self.mlp(self.norm2(x))
 
 
 class DINOv2(nn.Module):
@@ -135,11 +126,10 @@ class DINOv2(nn.Module):
             return self.pos_embed
         cls, table = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         table = table.float().unflatten(1, (G, G)).permute(0, 3, 1, 2)              # [1, D, G, G]
+        how = dict(size=(h, w), antialias=True)
         if self.offset:     # the factor also sets the step between samples: (h + 0.1) / G is not h / G
-            factor = ((h + self.offset) / G, (w + self.offset) / G)
-            table = F.interpolate(table, scale_factor=factor, mode="bicubic")
-        else:
-            table = F.interpolate(table, size=(h, w), mode="bicubic", antialias=True)
+            how = dict(scale_factor=((h + self.offset) / G, (w + self.offset) / G))
+        table = F.interpolate(table, mode="bicubic", **how)
         return torch.cat([cls, table.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
 
     def tokens(self, x):
@@ -281,11 +271,6 @@ clock, flag"""
 VOC, ADE20K = (names.replace("\n", " ").split(", ") for names in (VOC, ADE20K))
 
 
-def color(i):
-    """Class i's RGB by PASCAL VOC's rule: every third bit of i to red, green, blue in turn, highest first."""
-    return tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(8)) for c in range(3))
-
-
 class Segmenter(nn.Module):
     """A linear map of normed patch features to class logits, with the `names` and `colors` of its classes.
 
@@ -296,7 +281,8 @@ class Segmenter(nn.Module):
         self.linear = nn.Linear(dim, classes)
         self.names = {21: VOC, 150: ADE20K}.get(classes) or [f"class {i}" for i in range(classes)]
         first = 1 if classes == 150 else 0                      # ADE20K has no background to be black
-        self.colors = [color(i + first) for i in range(classes)]
+        bits = [f"{i + first:024b}"[::-1] for i in range(classes)]     # PASCAL VOC's rule: every third bit to
+        self.colors = [tuple(int(b[c::3], 2) for c in range(3)) for b in bits]      # red, green, blue in turn
 
     def forward(self, patch, grid, size):
         """patch: [B,h*w,D] on a grid -> logits [B,C,H,W] at a size; grid, size: a number or a pair."""
@@ -457,8 +443,7 @@ def read_file(path, public):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:
         with open(path, "rb") as f:
-            start = f.read(12)
-        why = f"not a whole {kind} file (begins with {start}); if downloaded, delete it and try again"
+            why = f"not a whole {kind} file (begins with {f.read(12)}); if downloaded, get it again"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(e)):
             why = f"holds {refused[1]}, which is never loaded; torch.save its state_dict alone"
         raise UserError(f"{path}: {why}") from None

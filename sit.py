@@ -14,6 +14,7 @@ import argparse
 import math
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -52,8 +53,7 @@ class UserError(ValueError):
 
 def size(name):
     """A row of SIZES by its name, with the patch: "XL/2" -> the first arguments of SiT."""
-    row, slash, patch = name.partition("/")
-    patch = patch if slash else "2"
+    row, _, patch = (name if "/" in name else f"{name}/2").partition("/")
     if row not in SIZES or patch not in ("1", "2", "4", "8"):
         raise UserError(f"--model {name}: {', '.join(SIZES)} are known, with /1 /2 /4 or /8 for the patch")
     return dict(SIZES[row], patch=int(patch))
@@ -108,23 +108,14 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))                     # [B, N, D]
 
 
-class MLP(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(dim)
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
@@ -198,7 +189,6 @@ class SiT(nn.Module):
         modulations = [block.adaLN_modulation[1] for block in (*self.blocks, self.final_layer)]
         for m in (*modulations, self.final_layer.linear):
             nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
 
     def forward(self, x, t, y, return_tokens=False):
         """x [B, C, H, W], t [B], labels y [B] -> [B, out_channels, H, W]; return_tokens adds REPA's tokens
@@ -233,8 +223,8 @@ class SiT(nn.Module):
             for field, asked in (("process", process), ("heads", heads)):
                 agreed(name, field, settings.get(field), asked)
         else:
-            check_kind(held, name, agreed(name, "process", implied, process))
-            state, process = public_names(held, name), implied or process
+            process = agreed(name, "process", implied, process)
+            state = public_names(held, name, process)
             settings = read_sizes(state, name, process, heads)
         try:
             with torch.device("meta"):                   # no memory before all is known to fit
@@ -286,8 +276,7 @@ def read(source):
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:                                                       # damage shows in many ways
         with open(path, "rb") as f:
-            start = f.read(12)
-        why = f"not a whole PyTorch weight file (begins with {start}); if downloaded, delete it and try again"
+            why = f"not a whole PyTorch weight file (begins with {f.read(12)}); if downloaded, get it again"
         if refused := re.search(r"GLOBAL (\S*\w)", str(e)):
             why = f"holds {refused[1]}, never loaded; save the tensors: torch.save(model.state_dict(), FILE)"
         raise UserError(f"{path}: {why}") from None
@@ -301,27 +290,23 @@ def agreed(name, field, own, asked):
     return own or asked
 
 
-def check_kind(held, name, process):
-    """UserError where an official file says of itself that it is not what it would be loaded as."""
-    said = vars(held["args"]) if isinstance(held.get("args"), argparse.Namespace) else {}
-    for field, known in {"path_type": ["linear"], "prediction": ["velocity", "v"]}.items():
-        if str(said.get(field, known[0])).lower() not in known:
-            raise UserError(f"{name}: was trained with {field} {said[field]}; only {known[0]} is known here")
-    state = held["ema"] if isinstance(held.get("ema"), dict) else held
-    if process == "sit" and any(str(key).startswith("projectors.") for key in state):
-        raise UserError(f"{name}: has REPA's projectors, and REPA's time: say --process repa")
-
-
 def depth_of(state):
     """The number of blocks, without REPA's decoder_blocks."""
     return sum(bool(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", key)) for key in state)
 
 
-def public_names(held, name):
-    """The (EMA's) state dict of a public file under today's names, without REPA's projectors."""
+def public_names(held, name, process):
+    """The (EMA's) state dict of a public file under today's names, without REPA's projectors. UserError where
+    the file says of itself that it is not what it would be loaded as."""
+    said = vars(held["args"]) if isinstance(held.get("args"), argparse.Namespace) else {}
+    for field, known in {"path_type": ["linear"], "prediction": ["velocity", "v"]}.items():
+        if str(said.get(field, known[0])).lower() not in known:
+            raise UserError(f"{name}: was trained with {field} {said[field]}; only {known[0]} is known here")
     state = held["ema"] if isinstance(held.get("ema"), dict) else held           # {model, ema, opt, args}
     if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise UserError(f"{name}: neither a dict of tensors nor a checkpoint with a dict of tensors at 'ema'")
+    if process == "sit" and any(key.startswith("projectors.") for key in state):
+        raise UserError(f"{name}: has REPA's projectors, and REPA's time: say --process repa")
     first, legacy = depth_of(state), r"^decoder_blocks\.(\d+)\."                 # REPA's first files
     state = {re.sub(legacy, lambda m: f"blocks.{first + int(m[1])}.", key): v for key, v in state.items()}
     return {k: v for k, v in state.items() if not k.startswith("projectors.")}
@@ -447,11 +432,6 @@ class Flow:
         """The gradient of log p_t at x, from the velocity there; t < 1, and -x at t = 0."""
         return (t * v - x) / (1 - t)
 
-    def times(self, sampler, steps):
-        """The steps + 1 times that a sampler goes through."""
-        end, points = (0.96, steps) if sampler == "sde" else (1, steps + 1)
-        return (torch.linspace(0, end, points, dtype=torch.float64).tolist() + [1.0])[:steps + 1]
-
     @torch.no_grad()
     def sample(self, model, noise, y, sampler="sde", steps=250, draw=None, callback=None):
         """From noise [B, C, H, W] to latents, with y [B], in the noise's dtype.
@@ -461,7 +441,9 @@ class Flow:
         in equal steps. callback(k, t, x, x0) sees the state before step k and the data that it predicts.
         """
         check_sampling(self, model, sampler, steps)
-        times, x, draw = self.times(sampler, steps), noise, draw or (lambda k: torch.randn_like(noise))
+        end, points = (0.96, steps) if sampler == "sde" else (1, steps + 1)
+        times = (torch.linspace(0, end, points, dtype=torch.float64).tolist() + [1.0])[:steps + 1]
+        x, draw = noise, draw or (lambda k: torch.randn_like(noise))
 
         def velocity(x, t):                    # an adaptive solver: scipy's solve_ivp on this, flat, 0 to 1
             return model(x, x.new_full((len(x),), t), y)[:, :x.shape[1]].to(x.dtype)
