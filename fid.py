@@ -24,8 +24,8 @@ from torch import nn
 
 from dino import DINOv2
 from vae import (
-    SMALL,
     VAE,
+    DiskError,
     Images,
     UserError,
     atomic,
@@ -419,7 +419,7 @@ def batches(images, micro, device, desc):
                     sizes = f"{tuple(shape)} and {tuple(other[0])}"
                     raise UserError(f"{desc}: images of {sizes}; --size brings a folder to one size")
                 x = image_tensor(torch.stack(items), desc)
-            except UserError as e:
+            except (UserError, DiskError) as e:
                 failed = e
                 break
             ahead = [pool.submit(image, i) for i in after.tolist()]
@@ -734,7 +734,7 @@ def flags():
     p.add_argument("--probe", action="store_true", help="linear probe of the latents; needs classes")
     p.add_argument("--vgg", default="vgg16", help="LPIPS's weight file (default: public); none: no LPIPS")
     p.add_argument("--lpips", help="its linear layers; default: the public ones with the public VGG")
-    pair = dict(type=number(SMALL), nargs=2, metavar=("LOW", "HIGH"))
+    pair = dict(type=number(1e-30), nargs=2, metavar=("LOW", "HIGH"))
     p.add_argument("--crop-scale", **pair, default=[0.08, 1], help="Table 2: the crop's share of the area,")
     p.add_argument("--crop-ratio", **pair, default=[3 / 4, 4 / 3], help="its aspect ratio,")
     p.add_argument("--blur-kernel", type=positive, help="the blur's kernel in pixels (default: 23 at 256),")

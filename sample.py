@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw
 from dino import Depth, Segmenter, color_depth, foreground, pca
 from sit import PUBLIC, Diffusion, Flow, Guided, SiT, check_sampling, process_of
 from vae import (
-    ENCODER,
     VAE,
     Align,
     Normalizer,
@@ -110,7 +109,7 @@ def load(ckpt, vae=None, process=None):
         vae = VAE.load(source)
     except UserError as e:
         raise UserError(f"{e}; --vae names another place of it") from None
-    if model.info and fingerprint(vae, ENCODER) != model.info["vae"]["hash"]:
+    if model.info and fingerprint(vae, vae.encoder_parts) != model.info["vae"]["hash"]:
         raise UserError(f"{ckpt} was trained on another VAE's latents than {source}'s; see --vae")
     if vae.z_channels != model.channels:
         raise UserError(f"{ckpt} makes {model.channels} latent channels, this VAE decodes {vae.z_channels}")

@@ -276,7 +276,7 @@ def read(source):
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:                                                       # damage shows in many ways
         with open(path, "rb") as f:
-            why = f"not a whole PyTorch weight file (begins with {f.read(12)}); if downloaded, get it again"
+            why = f"not a whole PyTorch weight file (begins with {f.read(12)}); delete it and get it again"
         if refused := re.search(r"GLOBAL (\S*\w)", str(e)):
             why = f"holds {refused[1]}, never loaded; save the tensors: torch.save(model.state_dict(), FILE)"
         raise UserError(f"{path}: {why}") from None

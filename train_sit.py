@@ -25,9 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from dino import load_teacher
 from sit import Guided, SiT, process_of, repa_loss, size
 from vae import (
-    ENCODER,
     PAPER,
-    SMALL,
     VAE,
     Gaussian,
     Images,
@@ -42,7 +40,6 @@ from vae import (
     everyone,
     fingerprint,
     from_uint8,
-    last_checkpoint,
     loader,
     lock,
     micro_batches,
@@ -54,6 +51,7 @@ from vae import (
     progress,
     rank,
     read_json,
+    resume,
     rng,
     run_script,
     same_manifest,
@@ -82,7 +80,7 @@ def flags(ungiven=()):
     p.add_argument("--cache", help="folder of the latent cache; default: by hashes, in out/latents")
     p.add_argument("--no-flip", action="store_true", help="no mirror images (REPA's public run)")
     p.add_argument("--norm", choices=Normalizer.needs, help="Table 11; default: max-min, public VAEs none")
-    p.add_argument("--std", type=number(SMALL), help="target of --norm std (0.835, SD-VAE's) or channel (1)")
+    p.add_argument("--std", type=number(1e-30), help="target of --norm std (0.835, SD-VAE's) or channel (1)")
     p.add_argument("--stats", help="latent statistics (a json file), or 'paper': Eq. 8's printed ones")
     p.add_argument("--model", default="XL", help="a row of SIZES, with the patch as in XL/2 (default 2)")
     p.add_argument("--process", choices=["sit", "dit"], default="sit")
@@ -93,10 +91,8 @@ def flags(ungiven=()):
     p.add_argument("--ema", type=number(0, 1), default=0.9999)
     p.add_argument("--steps", type=positive, default=400000)
     p.add_argument("--keep", type=positive, default=50000, help="steps between milestones, NNNNNNN.pt")
-    p.add_argument("--schedule", choices=["cosine", "constant"], default="constant")
-    p.add_argument("--weight-decay", type=number(0), default=0.0)
     p.add_argument("--checkpointing", action="store_true", help="compute activations twice to save memory")
-    add_run_flags(p, out="out/sit", batch=256, lr=1e-4)
+    add_run_flags(p, out="out/sit", batch=256, lr=1e-4, schedule="constant", weight_decay=0.0)
     p.set_defaults(clip=None)
     args = p.parse_args()
     vars(args).update({k: p.get_default(k) for k in ungiven})
@@ -112,42 +108,38 @@ def flags(ungiven=()):
 
 class Cache(torch.utils.data.Dataset):
     """Posterior moments of all images and their mirror images: one memory map, fp16 [N, 2, 2C, h, w] (mean,
-    log variance; [N, 1, ...] without flips), which each loader process opens. [i, flip] -> fp16 [2C,h,w]."""
+    log variance; [N, 1, ...] without flips). [i, flip] -> fp16 [2C,h,w]."""
 
     def __init__(self, folder, manifest):
-        self.file, self.manifest, self.map = folder / "moments.npy", manifest, None
-        open_array(self.file, "r", manifest["shape"])
+        self.folder, self.manifest = folder, manifest
+        self.moments = open_array(folder / "moments.npy", "r", manifest["shape"])
         self.labels = open_array(folder / "labels.npy", "r", manifest["shape"][:1])
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
-        if self.map is None:
-            self.map = np.load(self.file, mmap_mode="r")
-        return torch.from_numpy(self.map[key].copy())
+        return torch.from_numpy(self.moments[key].copy())
 
-    def __getstate__(self):
-        return {**self.__dict__, "map": None}             # a loader process must not be sent 40 GiB
+    def __reduce__(self):
+        return type(self), (self.folder, self.manifest)   # a loader process must not be sent 40 GiB
 
     def statistics(self, n=10000):
         """Of raw posterior samples of n images: a function of the cache alone, whatever a run's seed."""
-        def latents():
-            for i in rng(0, "subset").permutation(len(self))[:n].tolist():
-                posterior = Gaussian(self[i, 0][None])
-                yield posterior.sample(normal(posterior.mean.shape, 0, "sample", i))
-        return statistics(latents(), shared=False)
+        chosen = rng(0, "subset").permutation(len(self))[:n].tolist()
+        posteriors = ((i, Gaussian(self[i, 0][None])) for i in chosen)
+        samples = (q.sample(normal(q.mean.shape, 0, "sample", i)) for i, q in posteriors)
+        return statistics(samples, shared=False)
 
 
-class Chunks(torch.utils.data.Dataset):
-    """[a range of indices] -> (the first one, the images uint8 [B,3,S,S], labels [B])."""
+class Readable(torch.utils.data.Dataset):
+    """[i] -> image uint8 [3,S,S] and label of the first item from i on that can be read."""
 
     def __init__(self, images):
         self.images = images
 
-    def __getitem__(self, part):
-        x, labels = zip(*map(self.images.first_readable, part))
-        return part[0], torch.stack(x), np.array(labels)
+    def __getitem__(self, i):
+        return self.images.first_readable(i)
 
 
 def open_cache(args, vae, images, device, chunk=64):
@@ -156,7 +148,7 @@ def open_cache(args, vae, images, device, chunk=64):
     The statistics of its latents lie beside it."""
     side, flips = args.size // vae.f, 1 if args.no_flip else 2
     shape = (len(images), flips, 2 * vae.z_channels, side, side)
-    manifest = {"vae": fingerprint(vae, ENCODER), "data": images.fingerprint, "size": args.size}
+    manifest = {"vae": fingerprint(vae, vae.encoder_parts), "data": images.fingerprint, "size": args.size}
     manifest |= {"shape": shape, "classes": images.classes}
     name = f"{manifest['vae'][:8]}-{manifest['data'][:8]}-{args.size}-{flips}"
     folder = Path(args.cache or f"out/latents/{name}")
@@ -212,16 +204,16 @@ def reserve(file):
 @torch.no_grad()
 def encode(args, vae, images, folder, device, chunk, flips):
     """Fills this rank's share of what the cache still lacks."""
-    names = "moments", "labels", "done"
-    moments, labels, done = (open_array(folder / f"{name}.npy", "r+") for name in names)
+    moments, labels, done = (open_array(folder / f"{n}.npy", "r+") for n in ("moments", "labels", "done"))
     bar = progress(len(images), "encoding", done=int(done.sum()))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # one machine: two would share pages of the map
-    for first, x, y in loader(Chunks(images), missing_ranges(done, chunk, local), args):
+    parts = missing_ranges(done, chunk, local)
+    for (x, y), part in zip(loader(Readable(images), parts, args), parts):
         x = from_uint8(x.to(device))
         views = torch.stack([vae.moments(v) for v in (x, x.flip(-1))[:flips]], 1).half()    # [B,2,2C,h,w]
         if not views.isfinite().all():
-            raise UserError(f"{folder}: the VAE gives latents that are not finite, from image {first} on")
-        place = slice(first, first + len(x))
+            raise UserError(f"{folder}: the VAE gives latents that are not finite, from image {part[0]} on")
+        place = slice(part.start, part.stop)
         moments[place] = views.cpu().numpy()
         labels[place] = y
         moments.flush()                                   # the data first, then the word that it is there
@@ -232,14 +224,18 @@ def encode(args, vae, images, folder, device, chunk, flips):
     bar.close()
 
 
-def normalizer(args, vae, cache, ckpt=None):
-    """Eq. 7-8 for this VAE, by the statistics of --stats or its folder, else the checkpoint's or cache's."""
+def normalizer(args, vae, cache, ckpt):
+    """Eq. 7-8 for this VAE, by the statistics of --stats or its folder, else the checkpoint's or cache's.
+    UserError where the checkpoint was trained with another one."""
     stats = vae.info.get("latents")
     if args.stats:
         stats = PAPER if args.stats == "paper" else read_json(args.stats)
     kind = args.norm or ("max-min" if stats else "none")
-    fallback = ckpt["info"]["normalizer"]["stats"] if ckpt else cache.stats
+    saved = Normalizer(**ckpt["info"]["normalizer"]) if "info" in ckpt else None
+    fallback = saved.stats if saved else cache.stats
     norm = Normalizer(kind, stats or fallback, args.std, (vae.factor, vae.shift))
+    if saved and (saved.scale, saved.shift) != (norm.scale, norm.shift):
+        raise UserError(f"{args.out} was trained with {saved}; --stats or reals.json says {norm}")
     std, said = norm.std_of(cache.stats), (stats or {}).get("std") or cache.stats["std"]
     if not 2 / 3 <= said / cache.stats["std"] <= 3 / 2:
         print0(f"warning: {args.stats or 'reals.json'} says: latents have std {said:.3f}; of another VAE?")
@@ -250,31 +246,26 @@ def normalizer(args, vae, cache, ckpt=None):
 
 
 class Draws(torch.utils.data.Dataset):
-    """A micro-batch with all its random draws, made in the loader's workers: [step, places in the global
-    batch] -> moments [B,2C,h,w] in fp16, the posterior's noise and the process's [B,C,h,w], u in [0,1) [B], y
-    [B], and for REPA the images uint8 [B,3,S,S] (else empty)."""
+    """A latent with all its random draws, made in the loader's workers: [step, place in the global batch] ->
+    moments [2C,h,w] in fp16, the posterior's noise and the process's [C,h,w], u in [0,1), y, and for REPA the
+    image uint8 [3,S,S] (else empty)."""
 
     def __init__(self, cache, images, args):
         self.cache, self.images, self.args = cache, images if args.repa else None, args
         self.null = len(cache.manifest["classes"])         # the label that stands for none
 
-    def __getitem__(self, work):
-        step, places = work
-        return [torch.stack(part) for part in zip(*(self.draw(step, place) for place in places))]
-
-    def draw(self, step, place):
-        args = self.args
+    def __getitem__(self, key):
+        args, (step, place) = self.args, key
         i = shuffled_index(args.seed, len(self.cache), step * args.batch + place)
         g = rng(args.seed, "noise", step, place)
         flip, drop, u = g.random(3)
         flip = int(flip < 0.5 and not args.no_flip)
         moments = self.cache[i, flip]
-        shape = (len(moments) // 2, *moments.shape[1:])
-        posterior_noise, noise = torch.from_numpy(g.standard_normal((2, *shape), dtype=np.float32))
+        posterior_noise, noise = torch.from_numpy(g.standard_normal(moments.shape, dtype=np.float32)).chunk(2)
         y = self.null if drop < args.drop or not self.null else int(self.cache.labels[i])
         image = torch.empty(0) if self.images is None else self.images.first_readable(i)[0]
         image = image.flip(-1) if flip else image
-        return moments, posterior_noise, noise, torch.tensor(u), torch.tensor(y), image
+        return moments, posterior_noise, noise, u, y, image
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -361,19 +352,12 @@ def main():
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
 
-    hashes = {"data": images.fingerprint, "vae": fingerprint(vae, ENCODER)}
+    hashes = {"data": images.fingerprint, "vae": fingerprint(vae, vae.encoder_parts)}
     hashes["teacher"] = fingerprint(teacher) if teacher is not None else None
-    may_change = ["steps"] if args.schedule == "constant" else []           # a constant rate may go on longer
-    start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)
+    ckpt = resume(args, flags, hashes, parts)
+    start_step = ckpt["step"]
     cache = open_cache(args, vae.to(device), images, device)
     norm = normalizer(args, vae, cache, ckpt)
-    if ckpt is not None:
-        start_step, saved_norm = ckpt["step"], Normalizer(**ckpt["info"]["normalizer"])
-        if (saved_norm.scale, saved_norm.shift) != (norm.scale, norm.shift):
-            raise UserError(f"{args.out} was trained with {saved_norm}; --stats or reals.json says {norm}")
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
-        del ckpt
     info = {"normalizer": norm.state_dict(), "size": args.size, "classes": images.classes, "data": args.data}
     info["vae"] = {"source": args.vae, "hash": hashes["vae"], "beside": args.vae}
     with contextlib.suppress(ValueError):                                   # on Windows, on another drive
@@ -386,11 +370,8 @@ def main():
     print0(f"{args.process} {args.model}: {count:,} parameters, {len(cache):,} images, {net.classes} classes")
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
-    def save_now():
-        save_checkpoint(args, done, parts, {**hashes, **reader}, alone=True)
-
-    done = start_step
-    with lock(args.out), Stop(save_now) as stop:
+    save_run = functools.partial(save_checkpoint, args, parts, {**hashes, **reader})
+    with lock(args.out), Stop(save_run, start_step) as stop:
         size = sum(p.nbytes for p in net.parameters())          # a checkpoint: net, EMA, AdamW's two moments
         log = Log(args, start_step, 4 * size, math.ceil(args.steps / args.keep) * size)
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
@@ -441,8 +422,8 @@ def main():
                 with survive(f"{args.out}/{done:07d}.pt", last):
                     save({"step": done, "ema": ema.state_dict(), **reader}, f"{args.out}/{done:07d}.pt")
             if done % args.save_every == 0 or last:
-                save_checkpoint(args, done, parts, {**hashes, **reader}, last)
-            stop.heed(step)
+                save_run(done, last)
+            stop.heed(done)
         bar.close()
     guided = " --cfg 1.8" if net.classes else ""
     print0(f"{args.out} is finished; next:\n  python sample.py --ckpt {shlex.quote(args.out)}{guided}")

@@ -30,7 +30,6 @@ from vae import (
     count,
     fingerprint,
     from_uint8,
-    last_checkpoint,
     loader,
     lock,
     micro_batches,
@@ -41,6 +40,7 @@ from vae import (
     progress,
     rank,
     read,
+    resume,
     rng,
     run_script,
     save_checkpoint,
@@ -81,9 +81,7 @@ def flags(ungiven=()):
                    help="align: the MLPs alone; decoder: it alone, as a repair of --init; its latents stay")
     p.add_argument("--epochs", type=positive, default=10)
     p.add_argument("--steps", type=positive, help="replaces --epochs")
-    p.add_argument("--schedule", choices=["cosine", "constant"], default="cosine")
-    p.add_argument("--weight-decay", type=number(0), default=0.01)
-    add_run_flags(p, out="out/vae", batch=64, lr=5e-5)
+    add_run_flags(p, out="out/vae", batch=64, lr=5e-5, schedule="cosine", weight_decay=0.01)
     args = p.parse_args()
     vars(args).update({k: p.get_default(k) for k in ungiven})
     if args.train == "align":                    # the weight of any other term of the VAE belongs here, too
@@ -113,30 +111,18 @@ class PatchGAN(nn.Module):
             layers.append(nn.Conv2d(a, b, 4, stride, 1, bias=False))
             layers += [nn.BatchNorm2d(b, track_running_stats=False), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
-        for m in self.main:
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, 0, 0.02)
-            elif isinstance(m, nn.BatchNorm2d):
-                nn.init.normal_(m.weight, 1, 0.02)
+        for name, p in self.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.02)       # batch norms' gains around 1
 
     def forward(self, x):
         return self.main(x)
-
-
-def hinge(real, fake):
-    """The discriminator's hinge loss over its logits of real and of reconstructed images."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def align_loss(ours, theirs):
     """Eq. 2: 0.9 (1 - cosine) + 0.1 smooth L1, means over all vectors and elements; features [...,D]."""
     cosine = 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
     return 0.9 * cosine + 0.1 * F.smooth_l1_loss(ours, theirs)   # Eq. 2
-
-
-def weighted(terms):
-    """The sum of loss terms {name: (weight, value)}."""
-    return sum(weight * value for weight, value in terms.values())
 
 
 class Stage1(nn.Module):
@@ -189,18 +175,14 @@ def build(args, device, dtype):
 
 
 class Draws(torch.utils.data.Dataset):
-    """A micro-batch with all its random draws, made in the loader's workers: [step, indices in the global
-    batch] -> uint8 images [B,3,S,S], noise [B,C,h,w]."""
+    """An image with all its random draws, made in the loader's workers: [step, place in the global batch] ->
+    uint8 image [3,S,S], noise [C,h,w]."""
 
     def __init__(self, images, shape, args):
         self.images, self.shape, self.batch, self.seed = images, shape, args.batch, args.seed
 
-    def __getitem__(self, work):
-        step, places = work
-        x, noise = zip(*(self.draw(step, place) for place in places))
-        return torch.stack(x), torch.stack(noise)
-
-    def draw(self, step, place):
+    def __getitem__(self, key):
+        step, place = key
         i = shuffled_index(self.seed, len(self.images), step * self.batch + place)
         image, _ = self.images.first_readable(i)
         if rng(self.seed, "flip", step, place).random() < 0.5:
@@ -300,13 +282,7 @@ def main():
 
     hashes = {"data": images.fingerprint, "init": fingerprint(stage1.vae) if args.init != "none" else None}
     hashes |= {k: net and fingerprint(net) for k, net in {"teacher": teacher, "lpips": lpips}.items()}
-    may_change = ["steps", "epochs"] if args.schedule == "constant" else []     # a constant rate may go on
-    start_step, ckpt = 0, last_checkpoint(args, flags, hashes, may_change)
-    if ckpt is not None:
-        start_step = ckpt["step"]
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
-        del ckpt
+    start_step = resume(args, flags, hashes, parts)["step"]
     if start_step == args.steps and Path(args.out, "vae", "reals.json").is_file():
         return print0(f"{args.out} is finished")
 
@@ -320,11 +296,8 @@ def main():
     print0(f"{sum(p.numel() for p in trained):,} parameters, {len(images):,} images")
     print0(f"{args.steps:,} steps of {args.batch}, {world()} process(es), {args.dtype} on {device.type}")
 
-    def save_now():
-        save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, alone=True)
-
-    done = start_step
-    with lock(args.out), Stop(save_now) as stop:
+    save_run = functools.partial(save_checkpoint, args, parts, {**hashes, "classes": images.classes})
+    with lock(args.out), Stop(save_run, start_step) as stop:
         sizes = [p.nbytes * (3 if p.requires_grad else 1) for net in nets for p in net.parameters()]
         log = Log(args, start_step, sum(sizes), sum(p.nbytes for p in stage1.parameters()))
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
@@ -355,17 +328,16 @@ def main():
                     for name, ours, target in zip(("patch", "cls"), (patch, cls), targets):
                         if ours is not None:                                # None: not in --features
                             latent[name] = args.align, align_loss(ours.to(dtype), target.to(dtype))
-                loss_pixel = weighted(pixel)                                # Eq. 3
-                loss_latent = weighted(latent)                              # Eq. 4
+                loss_pixel = sum(weight * value for weight, value in pixel.values())        # Eq. 3
+                loss_latent = sum(weight * value for weight, value in latent.values())      # Eq. 4
                 loss = loss_pixel + loss_latent                             # Eq. 5, with these weights Eq. 6
                 raw = {name: value for name, (_, value) in (pixel | latent).items()}
+                raw |= {"z mean": z.mean(), "z std": z.std(), "posterior std": posterior.std.mean()}
                 log.add({"loss": loss, **raw}, accumulation)
-                spread = {"z mean": z.mean(), "z std": z.std(), "posterior std": posterior.std.mean()}
-                log.add(spread, accumulation)
                 (loss / accumulation).backward()
                 if disc is not None:
                     real, fake = disc_model(x), disc_model(recon.detach())
-                    disc_loss = hinge(real, fake)
+                    disc_loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())   # hinge
                     log.add({"disc": disc_loss, "real": real.mean(), "fake": fake.mean()}, accumulation)
                     (disc_loss / accumulation).backward()
 
@@ -390,8 +362,8 @@ def main():
                 with survive(f"{args.out}/pictures", last):
                     picture(stage1, watched, theirs, f"{args.out}/pictures/{done:07d}.png")
             if done % args.save_every == 0 or last:
-                save_checkpoint(args, done, parts, {**hashes, "classes": images.classes}, last)
-            stop.heed(step)
+                save_run(done, last)
+            stop.heed(done)
         bar.close()
         stop.restore()
         finish(args, stage1, teacher, images, device, dtype)

@@ -54,7 +54,7 @@ PAPER = {"mean": -0.016722, "min": -6.862830, "max": 10.762420}  # the authors' 
 
 
 class UserError(ValueError):
-    """What the user can mend: it ends a script in one line. All else is a bug, and keeps its traceback."""
+    """What the user can mend: it ends a script in one line. A bug keeps its traceback."""
 
 
 def arguments(of):
@@ -210,6 +210,8 @@ class VAE(nn.Module):
     quant, post_quant: with a 1 x 1 convolution before and after the latents, which SD3 and Flux have not;
     factor, shift: its own generators see factor (z - shift)."""
 
+    encoder_parts = "encoder.", "quant_conv."               # what its latents depend on
+
     def __init__(self, ch=128, mult=(1, 2, 4, 4), blocks=2, z_channels=4, groups=None, quant=True,
                  post_quant=True, factor=FACTOR, shift=0.0):
         super().__init__()
@@ -355,19 +357,17 @@ class Normalizer:
         if kind == "channel":
             self.scale = [(1 if std is None else std) / s for s in stats["channel_std"]]
             self.shift = [-a * m for a, m in zip(self.scale, stats["channel_mean"])]
-            return
-        ratio, mean = 1.0, SD_VAE["mean"]
-        if kind == "max-min":
-            if stats["max"] <= stats["min"]:
-                raise UserError(f"the statistics say: latents reach from {stats['min']} to {stats['max']}")
-            ratio = (SD_VAE["max"] - SD_VAE["min"]) / (stats["max"] - stats["min"])
-        elif kind == "std":
-            ratio = (SD_VAE["std"] if std is None else std / FACTOR) / stats["std"]
-        if kind == "none":
+        elif kind == "none":
             self.scale, self.shift = own[0], -own[0] * own[1]
-            return
-        self.scale = FACTOR * ratio
-        self.shift = FACTOR * (mean - ratio * stats["mean"])
+        else:
+            if kind == "std":
+                ratio = (SD_VAE["std"] if std is None else std / FACTOR) / stats["std"]
+            elif stats["max"] > stats["min"]:
+                ratio = (SD_VAE["max"] - SD_VAE["min"]) / (stats["max"] - stats["min"])
+            else:
+                raise UserError(f"the statistics say: latents reach from {stats['min']} to {stats['max']}")
+            self.scale = FACTOR * ratio
+            self.shift = FACTOR * (SD_VAE["mean"] - ratio * stats["mean"])
 
     def numbers(self, z):
         """Scale and shift as z [B,C,h,w] needs them: two numbers, or two tensors [C,1,1]."""
@@ -444,19 +444,14 @@ def find_vae(source):
 
 
 RENAMES = [   # CompVis, and diffusers' old names, to diffusers' new ones
-    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
-    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
-    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
-    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+    (r"\.attentions\.0\.(q|k|v|query|key|value)\.", lambda m: f".attentions.0.to_{m[1][0]}."),
+    (r"\.attentions\.0\.(proj_out|proj_attn)\.", ".attentions.0.to_out.0."),
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 ]
@@ -465,8 +460,7 @@ RENAMES = [   # CompVis, and diffusers' old names, to diffusers' new ones
 def diffusers_names(state):
     """Any public layout (CompVis, alone or in an LDM; diffusers, old or new) -> diffusers' new names."""
     ldm = "first_stage_model."
-    if any(k.startswith(ldm) for k in state):
-        state = {k.removeprefix(ldm): v for k, v in state.items() if k.startswith(ldm)}
+    state = {k.removeprefix(ldm): v for k, v in state.items() if k.startswith(ldm)} or state
     last = max((int(k.split(".")[2]) for k in state if re.match(r"decoder\.up\.\d+\.", k)), default=0)
     out = {}
     for key, value in state.items():
@@ -489,12 +483,10 @@ def vae_sizes(state, name, config):
         raise UserError(f"{name}: no AutoencoderKL of images, but another kind of VAE, or of videos ({kind})")
 
     def width(key):
-        if key not in state:
-            first = next(iter(state), "none")
-            raise UserError(f"{name}: not a KL autoencoder: no tensor {key} (its first is {first})")
-        if state[key].ndim != 4 or not len(state[key]):
-            raise UserError(f"{name}: {key} is {tuple(state[key].shape)}, expected a convolution's shape")
-        return len(state[key])
+        shape, first = tuple(state[key].shape) if key in state else "missing", next(iter(state), "none")
+        if len(shape) != 4 or not shape[0]:
+            raise UserError(f"{name}: no KL autoencoder: {key} is {shape}, no convolution (it has {first})")
+        return shape[0]
 
     widths, blocks = [width("encoder.down_blocks.0.resnets.0.conv1.weight")], 0
     while (key := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in state:
@@ -585,16 +577,19 @@ def fetch(url, name, sha256=None, size=None):
 
 
 def load_file(path):
-    """What torch.save wrote, tensors and plain values only: nothing is executed, what is used is read."""
+    """What torch.save or safetensors wrote, tensors and plain values only: nothing is executed."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    try:             # compressed files cannot be mapped; on Windows a mapped one could not be replaced
+    try:
+        if Path(path).suffix == ".safetensors":
+            return read_safetensors(path)
+        # compressed files cannot be mapped; on Windows a mapped one could not be replaced
         mapped = os.name != "nt" and zipfile.is_zipfile(path)
         mapped = mapped and not any(m.compress_type for m in zipfile.ZipFile(path).filelist)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:
         with open(path, "rb") as f:
-            why = f"not a whole PyTorch weight file (begins with {f.read(12)!r}); get it again"
+            why = f"not a whole weight file (begins with {f.read(12)!r}); delete it and get it again"
         if refused := re.search(r"(?:GLOBAL|global) ([\w.]+\.[\w.]+)", str(e)):
             why = f"the Python object {refused[1]} in it is never loaded; save its state_dict alone"
         raise UserError(f"{path}: {why}") from None
@@ -611,8 +606,6 @@ def read(source):
             raise UserError(f"{source}: no weight_map, which says where each tensor lies")
         parts = sorted(set(names.values()))
         return {k: v for part in parts for k, v in read(Path(source).parent / part).items()}
-    if Path(source).suffix == ".safetensors" and Path(source).is_file():
-        return read_safetensors(Path(source))
     state = load_file(source)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
@@ -623,26 +616,21 @@ def read(source):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPES |= {"BOOL": torch.bool}
+DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def read_safetensors(path):
-    """safetensors: a little-endian uint64 header length, a JSON header, raw tensors; offsets are checked."""
-    raw = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.zeros(0, np.uint8)
-    try:
-        start, state = 8 + int.from_bytes(raw[:8].tobytes(), "little"), {}
-        if not 8 < start <= len(raw):
-            raise ValueError(f"no header; it begins with {raw[:12].tobytes()!r}")
-        for key, entry in json.loads(raw[8:start].tobytes()).items():
-            if key != "__metadata__":
-                (a, b), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-                if not 0 <= a <= b <= len(raw) - start or b - a != math.prod(entry["shape"]) * dtype.itemsize:
-                    raise ValueError(f"{key} lies outside the file")
-                data = torch.from_numpy(raw[start + a:start + b]).clone()
-                state[key] = data.view(dtype).view(entry["shape"])
-        return state
-    except Exception as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e!r}); get it again") from None
+    """safetensors: a little-endian uint64 header length, a JSON header, raw tensors. What is cut off has not
+    the size of its shape, which is an error."""
+    raw = torch.from_numpy(np.memmap(path, np.uint8, "c"))                  # mapped, not read
+    start, state = 8 + raw[:8].view(torch.int64).item(), {}
+    if start > len(raw):
+        raise ValueError("no header")
+    for key, entry in json.loads(bytes(raw[8:start].numpy())).items():
+        if key != "__metadata__":
+            data = raw[start:][slice(*entry["data_offsets"])].clone()
+            state[key] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return state
 
 
 def write_safetensors(state, path):
@@ -679,9 +667,6 @@ def build(cls, settings, state, name):
     return load_strict(model, state, name)
 
 
-ENCODER = ("encoder.", "quant_conv.")       # the part of a VAE that its latents depend on
-
-
 def fingerprint(model, parts=""):
     """sha256 of names, shapes and float32 bytes of all weights, or of those whose names begin with one of
     these parts, and of a VAE's norm groups: one network, one value, whatever its file."""
@@ -706,7 +691,7 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class DiskError(UserError):
+class DiskError(Exception):
     """A file that is there and cannot be read, as on a stale network disk: no reason to skip a picture."""
 
 
@@ -718,7 +703,8 @@ STRANGE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".
 
 class Images(Dataset):
     """A folder of images: [i] -> (uint8 [3,size,size], label). One subfolder per class, in sorted order; or a
-    flat folder with labels.csv in it; without, every label is -1 and .classes is empty. size None keeps each
+    flat folder with labels.csv in it, lines PICTURE,CLASS (as Kaggle's LOC_val_solution.csv: without the
+    file's ending, CLASS one word); without, every label is -1 and .classes is empty. size None keeps each
     image as it is. Pixels are read as stored (no EXIF rotation). Another source of files (an archive): find,
     open and bytes."""
 
@@ -733,37 +719,27 @@ class Images(Dataset):
             print0(f"{root}: {len(strange):,} pictures of a kind that pillow does not read, as {strange[0]}")
         if not self.paths:
             raise UserError(f"{root}: no images here, for --data or --val; tests/demo.py needs none")
-        names = self.class_names()
+        names, table = [p.split("/")[0] if "/" in p else None for p in self.paths], self.root / "labels.csv"
+        if not any(names) and table.is_file():
+            text = table.read_text("utf-8-sig", "replace")
+            classes = dict(re.findall(r"^([^,\s]+)[, \t]+([^,\s]+)", text, re.MULTILINE))
+            names = [classes.get(p) or classes.get(p.rsplit(".", 1)[0]) for p in self.paths]
+            if None in names:
+                raise UserError(f"{table}: no line PICTURE,CLASS of {self.paths[names.index(None)]}")
         self.stray = [p for p, name in zip(self.paths, names) if name is None]
         self.classes = [] if self.stray else sorted(set(names))
         number = {c: i for i, c in enumerate(self.classes)}
         self.labels = np.array([number.get(name, -1) for name in names])
 
-    def class_names(self):
-        """The first folder of each picture; in a flat folder what labels.csv says, in lines PICTURE,CLASS (as
-        Kaggle's LOC_val_solution.csv: without the file's ending, CLASS one word); else None."""
-        names, table = [p.split("/")[0] if "/" in p else None for p in self.paths], self.root / "labels.csv"
-        if any(names) or not table.is_file():
-            return names
-        lines = table.read_text("utf-8-sig", "replace").splitlines()
-        rows = (re.split(r"[,\s]+", line, maxsplit=2) for line in lines)
-        classes = {row[0]: row[1] for row in rows if len(row) > 1}
-        names = [classes.get(p) or classes.get(p.rsplit(".", 1)[0]) for p in self.paths]
-        if None in names:
-            raise UserError(f"{table}: no line PICTURE,CLASS of {self.paths[names.index(None)]}")
-        return names
-
-    def find(self):
-        """The paths of all files, relative to the root; each real folder once on a path, no hidden one."""
-        above = {os.fspath(self.root): {os.path.realpath(self.root)}}       # the real folders down to each
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            there, down = Path(folder).relative_to(self.root).as_posix(), above.pop(folder)
-            for name in [d for d in folders if d[0] != "."]:
-                real = os.path.realpath(os.path.join(folder, name))
-                if not any(Path(one).is_relative_to(real) for one in down):
-                    above[os.path.join(folder, name)] = down | {real}
-            folders[:] = [d for d in folders if os.path.join(folder, d) in above]
-            yield from (f if there == "." else f"{there}/{f}" for f in files)
+    def find(self, there="", above=()):
+        """The paths of all files, relative to the root; each real folder once on a path, no hidden one.
+        there: in this folder alone, below these real ones."""
+        real = os.path.realpath(self.root / there)
+        if not any(Path(one).is_relative_to(real) for one in above):
+            _, folders, files = next(os.walk(self.root / there), ("", [], []))      # nothing: no such folder
+            yield from (there + name for name in files)
+            for name in (d for d in folders if d[0] != "."):
+                yield from self.find(f"{there}{name}/", (*above, real))
 
     def open(self, path):
         """The file under one of these paths, for reading."""
@@ -771,15 +747,15 @@ class Images(Dataset):
             raise FileNotFoundError(f"no regular file: {path}")
         return open(self.root / path, "rb")
 
-    def read(self, path, tries=3):
-        """What is in it. A disk's own error is given time to pass."""
+    def read(self, path, size=-1, tries=3):
+        """What is in it, or its first bytes. A disk's own error is given time to pass."""
         for k in range(tries):
             try:
                 with self.open(path) as f:
-                    return f.read()
+                    return f.read(size)
             except OSError as e:
                 if e.errno not in DISK:
-                    raise
+                    raise UserError(f"{self.root / path}: not a readable image ({e})") from None
                 if k == tries - 1:
                     raise DiskError(f"{self.root / path}: {e}") from None
                 time.sleep(2**k)
@@ -792,39 +768,29 @@ class Images(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        image = self.decoded(self.paths[i])
-        if image.mode.startswith("I"):       # 16-bit gray: pillow's own conversion would clip it to white
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
-        image = image if self.size is None else center_crop(image, self.size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
-
-    def decoded(self, path):
-        """The PIL image in a file, in RGB or 16-bit gray; UserError where it is none."""
-        try:
-            data = self.read(path)
-        except OSError as e:
-            raise UserError(f"{self.root / path}: not a readable image ({e})") from None
+        path, data = self.root / self.paths[i], self.read(self.paths[i])
         try:                                 # whatever pillow stumbles over: nothing of ours in here
             image = Image.open(io.BytesIO(data))
             image.load()
             kind, mode, (w, h) = image.format, image.mode, image.size
             image = image if mode[0] in "IF" else image.convert("RGB")
         except Exception as e:
-            raise UserError(f"{self.root / path}: not a readable image ({e})") from None
+            raise UserError(f"{path}: not a readable image ({e})") from None
         if mode == "F" or (mode == "I" and kind != "PNG"):
-            raise UserError(f"{self.root / path}: not a readable image (of mode {mode}, its range unknown)")
+            raise UserError(f"{path}: not a readable image (of mode {mode}, its range unknown)")
         if max(w, h) > 100 * min(w, h):
-            raise UserError(f"{self.root / path}: not a readable image ({w} x {h} pixels)")
-        return image
+            raise UserError(f"{path}: not a readable image ({w} x {h} pixels)")
+        if mode[0] == "I":                   # 16-bit gray: pillow's own conversion would clip it to white
+            gray = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+            image = Image.fromarray(gray).convert("RGB")
+        image = image if self.size is None else center_crop(image, self.size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
 
     def first_readable(self, i):
         """Item i, or the first one after it that can be read; the others are named, once a process."""
         for k in (k % len(self) for k in range(i, i + 100)):
             try:
                 return self[k]
-            except DiskError:
-                raise
             except UserError as e:
                 if k not in self.named:
                     tqdm.write(f"{e}; the image after it takes its place")
@@ -841,11 +807,8 @@ class Images(Dataset):
             h.update(self.classes[label].encode() if label >= 0 and "/" not in p else b"")
         for k in range(min(256, len(self))):
             try:
-                with self.open(self.paths[k * len(self) // min(256, len(self))]) as f:
-                    h.update(f.read(2**14))
-            except OSError as e:
-                if e.errno in DISK:
-                    raise
+                h.update(self.read(self.paths[k * len(self) // min(256, len(self))], 2**14))
+            except UserError:
                 h.update(b"not read")
         return h.hexdigest()
 
@@ -990,9 +953,6 @@ def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
-LOCKS = []      # open lock files; a loader closes its copies, or it would hold them for a killed run
-
-
 @contextlib.contextmanager
 def lock(folder, flag="--out", wait=False):
     """Makes a folder and holds it for the run whose first process this is, until the block ends. A folder
@@ -1006,23 +966,24 @@ def lock(folder, flag="--out", wait=False):
         try:
             if fcntl is not None and (rank() == 0 or wait):
                 fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                os.register_at_fork(after_in_child=f.close)     # a loader would hold it for a killed run
         except BlockingIOError:
             raise UserError(f"{folder}: another run is writing here; {flag} names another folder") from None
         except OSError as e:
             print0(f"warning: {folder} cannot be locked ({e}); no second run may write here")
-        LOCKS.append(f)
         yield
 
 
 class Stop:
-    """`with Stop(save) as stop`: in the block, SIGINT, SIGTERM and SIGHUP only ask, so that the loop can save
-    and leave. A second SIGINT ends the program at once, a disk's error of the first process after save()."""
+    """`with Stop(save, done) as stop`: in the block, SIGINT, SIGTERM and SIGHUP only ask, so that the loop
+    can save and leave. A second SIGINT ends the program at once, a disk's error of the first process after
+    save(done, alone=True); done: the number of steps so far."""
 
     signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     signal = skipped = 0
 
-    def __init__(self, save=lambda: None):
-        self.save = save
+    def __init__(self, save=None, done=0):
+        self.save, self.done = save, done
 
     def __enter__(self):
         heard = [n for n in self.signals if signal.getsignal(n) is not signal.SIG_IGN]      # as nohup does
@@ -1039,8 +1000,8 @@ class Stop:
             signal.signal(number, handler)
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, DiskError):
-            self.save()
+        if self.save and isinstance(error, DiskError):
+            self.save(self.done, alone=True)
         self.restore()
 
     def look(self, finite):
@@ -1052,17 +1013,18 @@ class Stop:
         self.asked, self.skipped = bool(asked), self.skipped + 1 if bad else 0
         return not bad, self.asked or self.skipped == 10
 
-    def heed(self, step):
+    def heed(self, done):
         """After a step and its save: warns where it was skipped; at the tenth in a row UserError; after a
         signal exits, as a process ended by it does."""
+        self.done = done
         if self.skipped:
-            text = f"step {step}: the gradient is not finite; the step was skipped; --clip 1 may help, or"
+            text = f"step {done - 1}: the gradient is not finite; the step was skipped; --clip 1 may help, or"
             text += " --dtype fp32 in the place of bf16 (so it is where the loss alone is not finite)"
             if self.skipped == 10:
                 raise UserError(f"{text} (ten steps in a row)")
             print0(f"warning: {text}")
         if self.asked:
-            print0(f"stopped after step {step + 1}; the same command goes on from there")
+            print0(f"stopped after step {done}; the same command goes on from there")
             sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
@@ -1115,17 +1077,13 @@ class Log:
         self.due = self.since + 60              # when to say how long it will take
         if rank() == 0:                         # lines after the checkpoint go: their steps are made again
             text = self.path.read_text(errors="replace") if self.path.is_file() else ""
-            lines = [line for line in text.splitlines() if self.step_of(line) <= step]
+            lines = []
+            for line in text.splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):    # a kill or a disk has spoilt it
+                    lines += [line] if json.loads(line)["step"] <= step else []
             lines += [json.dumps({"step": step, "start": time.strftime("%Y-%m-%d %H:%M:%S %z"), **made_by()})]
             with survive(self.path), atomic(self.path) as f:
                 f.write("".join(f"{line}\n" for line in lines).encode())
-
-    def step_of(self, line):
-        """The step of a line of log.jsonl; infinite where a kill or a disk has spoilt it."""
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            return math.inf
 
     def restart(self, step):
         self.sums, self.last, self.since = {}, step, time.time()
@@ -1178,8 +1136,12 @@ def run_script(main):
         else:  # torchrun ends all processes when the first one leaves: let that one speak
             time.sleep(2 if int(os.environ.get("LOCAL_RANK", 0)) else 0)
             print(f"{script}: {line}", file=sys.stderr, flush=True)
-    finally:
-        kill_workers()
+    finally:                   # a loader's workers ignore gentler signals, and would be waited for
+        workers = multiprocessing.active_children()
+        if workers and hasattr(signal, "SIGCHLD"):          # which Windows has not
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch would take their end for an error
+        for worker in workers:
+            worker.kill()
     sys.stdout.flush()
     if dist.is_initialized():
         if status:
@@ -1189,7 +1151,7 @@ def run_script(main):
 
 
 def for_the_user(error):
-    """The line to say of a UserError (three files have their own), full memory or a full disk; else None."""
+    """The line to say of a UserError (three files have their own), of full memory, of a disk; else None."""
     kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
     if kinds & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in text:
         why = text.split("\n")[0]
@@ -1201,18 +1163,9 @@ def for_the_user(error):
     disk = {errno.ENOSPC: "is full", errno.EDQUOT: "is full", errno.EIO: "refuses", errno.EFBIG: "refuses"}
     if getattr(error, "errno", None) in disk:
         return f"the disk {disk[error.errno]}: {error}"
-    if "UserError" in kinds:  # of a loader's worker, torch gives the whole traceback: the last line says it
+    if kinds & {"UserError", "DiskError"}:      # of a loader's worker the traceback, whose last line says it
         return re.sub(r"^(\w+\.)?(User|Disk)Error: ", "", text.strip().splitlines()[-1])
     return None
-
-
-def kill_workers():
-    """Ends a loader's workers, which ignore gentler signals and would be waited for."""
-    workers = multiprocessing.active_children()
-    if workers and hasattr(signal, "SIGCHLD"):          # which Windows has not
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch would take their end for an error
-    for worker in workers:
-        worker.kill()
 
 
 # ------------------------------------------------------------------------------- what both trainers must have
@@ -1231,10 +1184,10 @@ def number(low, high=math.inf, kind=float):
     return parse
 
 
-positive, count, SMALL = number(1, kind=int), number(0, kind=int), 1e-30      # SMALL: above 0
+positive, count = number(1, kind=int), number(0, kind=int)
 
 
-def add_run_flags(p, out, batch, lr):
+def add_run_flags(p, out, batch, lr, schedule, weight_decay):
     """The flags that both trainers share."""
     gpu = torch.cuda.is_available()
     p.add_argument("--out", default=out, help="folder of the run; the same command goes on where it stopped")
@@ -1244,6 +1197,8 @@ def add_run_flags(p, out, batch, lr):
     p.add_argument("--warmup", type=count, default=0, help="steps of linear warm-up")
     p.add_argument("--clip", type=number(0), default=0, help="largest gradient norm; 0: any (--repa: 1)")
     p.add_argument("--betas", type=number(0, 1 - 1e-9), nargs=2, default=[0.9, 0.999])
+    p.add_argument("--schedule", choices=["cosine", "constant"], default=schedule)
+    p.add_argument("--weight-decay", type=number(0), default=weight_decay)
     p.add_argument("--dtype", choices=["bf16", "fp32", "fp64"], default=default_dtype(), help="by the device")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="default: on a GPU")
     p.add_argument("--workers", type=count, default=8 if gpu else 1, help="loader processes, each process")
@@ -1277,33 +1232,33 @@ def plain(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def last_checkpoint(args, flags, hashes, may_change=()):
-    """The OUT/ckpt.pt that this command goes on from, or None; all ranks must see the same one. UserError
-    where it was made with other flags (but for may_change) or with other hashes. A flag that it
-    does not know is taken to have had its default: flags(these) are the flags with these left out."""
+def resume(args, flags, hashes, parts):
+    """Gives each of the parts what OUT/ckpt.pt holds of it, and returns the rest, {"step": 0} where there is
+    none; all ranks must see the same one. UserError where it was made with other flags or hashes. A flag that
+    it does not know is taken to have had its default: flags(these) are the flags with these left out."""
     path = whole_checkpoint(args)
     ckpt = load_file(path) if path.is_file() else None
     if ckpt is not None and "args" not in ckpt:
         raise UserError(f"{path} is a milestone: it has no flags, weights and optimiser to go on from")
-    if len(set(everyone(ckpt and ckpt["step"]))) > 1:
-        raise UserError(f"{path}: not every process sees the same one; --out must be shared by all machines")
+    same_for_all({f"the step of {path}, which all machines must share,": ckpt and ckpt["step"]})
     same_for_all({f"the hash of {what}": value for what, value in hashes.items()})
     if ckpt is None:
-        return None
+        return {"step": 0}
     now, old = plain(args), ckpt["args"]
-    unknown = now.keys() - old.keys()
-    old = {**{k: v for k, v in plain(flags(unknown)).items() if k in unknown}, **old}
-    changed = {k: v for k, v in now.items() if k in old and old[k] != v and k not in may_change}
-    for key, value in changed.items():
-        if key not in MAY_CHANGE_ON_RESUME:
+    old = plain(flags(now.keys() - old.keys())) | old                       # flags() are all flags
+    longer = ["steps", "epochs"] if args.schedule == "constant" else []     # a constant rate may go on
+    for key, value in now.items():
+        if old[key] != value and key not in MAY_CHANGE_ON_RESUME + longer:
             flag = f"--{key.replace('_', '-')} {old[key]}"
             raise UserError(f"{path} was made with {flag}, not {value}; another --out starts anew")
     for what, value in hashes.items():
         if ckpt.get(what, value) != value:
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
-    told = [f", --{k} {changed[k]} in place of {old[k]}" for k in ("clip", "dtype") if k in changed]
+    told = [f", --{k} {now[k]} in place of {old[k]}" for k in ("clip", "dtype") if now[k] != old[k]]
     told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in now]
     print0(f"{path}: going on from step {ckpt['step']}" + "".join(told))
+    for name, part in parts.items():
+        part.load_state_dict(ckpt.pop(name))
     return ckpt
 
 
@@ -1328,7 +1283,7 @@ def whole_checkpoint(args):
     return path
 
 
-def save_checkpoint(args, step, parts, more, last=True, alone=False):
+def save_checkpoint(args, parts, more, step, last=True, alone=False):
     """OUT/ckpt.pt, from which the same command goes on: each part's state_dict() by its name, and more.
     The one before stays as ckpt-before.pt. If it is not the last, a full disk is only a warning. alone: the
     other processes do not take part."""
@@ -1346,18 +1301,16 @@ def save_checkpoint(args, step, parts, more, last=True, alone=False):
 
 
 def begin_worker(worker):
-    """For a loader's worker: signals and locks are the main process's, which saves, and then ends it."""
+    """For a loader's worker: signals are the main process's, which saves, and then ends it."""
     for known in Stop.signals:
         signal.signal(known, signal.SIG_IGN)
-    for f in LOCKS:
-        f.close()
 
 
 def micro_batches(args, start):
-    """(step, places in the global batch) of this process's micro-batches, from step `start` to the end."""
-    local = args.batch // world()
+    """This process's micro-batches, from step `start` on: lists of (step, place in the global batch)."""
+    local, steps = args.batch // world(), range(start, args.steps)
     firsts = range(rank() * local, (rank() + 1) * local, args.micro)
-    return ((step, range(k, k + args.micro)) for step in range(start, args.steps) for k in firsts)
+    return ([(step, k) for k in range(first, first + args.micro)] for step in steps for first in firsts)
 
 
 def shared_memory():
@@ -1365,19 +1318,19 @@ def shared_memory():
     return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else math.inf
 
 
-def loader(dataset, keys, args):
-    """Iterates over dataset[key] for these keys, made in --workers processes. UserError where these would
-    wait for ever, for lack of shared memory."""
-    keys, free = iter(keys), shared_memory()
-    if args.workers and free < 2**30 and (first := next(keys, None)) is not None:
-        loaders = args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        need = 2 * loaders * sum(part.nbytes for part in dataset[first] if torch.is_tensor(part))
+def loader(dataset, batches, args):
+    """Iterates over batches of dataset[key], stacked, for these lists of keys, made in --workers processes.
+    UserError where these would wait for ever, for lack of shared memory."""
+    batches, free = iter(batches), shared_memory()
+    if args.workers and free < 2**30 and (first := next(batches, None)) is not None:
+        ahead = 2 * args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * len(first)
+        need = ahead * sum(part.nbytes for part in dataset[first[0]] if torch.is_tensor(part))
         if need > free:
             have = f"{need / 2**20:.0f} MiB in /dev/shm, which has {free / 2**20:.0f}"
             raise UserError(f"--workers {args.workers} need {have}: fewer, or docker run --shm-size=1g")
-        keys = itertools.chain([first], keys)
+        batches = itertools.chain([first], batches)
     how = dict(num_workers=args.workers, worker_init_fn=begin_worker, pin_memory=torch.cuda.is_available())
-    return iter(DataLoader(dataset, batch_size=None, sampler=keys, generator=torch.Generator(), **how))
+    return iter(DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), **how))
 
 
 def same_manifest(folder, manifest, flag):

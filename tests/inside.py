@@ -90,7 +90,7 @@ def probe(script, began, torch_there, imported):
         own = getattr(script, last)
         first = enough if last == "loader" else lambda *_: next(enough())
         patches.enter_context(mock.patch.object(script, last, lambda d, *more: (
-            own(d, *more) if isinstance(d, getattr(script, "Chunks", ())) else first())))
+            own(d, *more) if isinstance(d, getattr(script, "Readable", ())) else first())))
         patches.enter_context(contextlib.redirect_stdout(sys.stderr))
         patches.enter_context(contextlib.suppress(Enough))
         begin = time.time()

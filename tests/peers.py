@@ -408,14 +408,13 @@ def crop_functions(folder, size):
 
 
 class Reads(Dataset):
-    """Ours as the trainer reads it: a list of (image, flip) -> moments [B,2C,h,w] and labels [B]."""
+    """Ours as the trainer reads it: (image, flip) -> moments [2C,h,w] and label."""
 
     def __init__(self, cache):
         self.cache = cache
 
-    def __getitem__(self, keys):
-        labels = torch.tensor([int(self.cache.labels[i]) for i, _ in keys])
-        return torch.stack([self.cache[key] for key in keys]), labels
+    def __getitem__(self, key):
+        return self.cache[key], int(self.cache.labels[key[0]])
 
 
 def cache_functions(folder, manifest, files, keys, batch, args):

@@ -575,13 +575,13 @@ def test_ten_steps_that_are_not_finite_end_a_run_and_what_is_good_is_saved(
 def test_one_step_that_is_not_finite_is_skipped_by_weights_moments_and_ema(
     chain, tmp_path, monkeypatch, capsys
 ):
-    draw = train_sit.Draws.draw
+    draw = train_sit.Draws.__getitem__
 
-    def spoilt(self, step, place):
-        moments, *rest = draw(self, step, place)
-        return (moments * (torch.inf if step == 1 else 1), *rest)
+    def spoilt(self, key):
+        moments, *rest = draw(self, key)
+        return (moments * (torch.inf if key[0] == 1 else 1), *rest)
 
-    monkeypatch.setattr(train_sit.Draws, "draw", spoilt)
+    monkeypatch.setattr(train_sit.Draws, "__getitem__", spoilt)
     words = chain.stage2 + " --schedule constant --save-every 1"
     call(train_sit, words, f"--steps 1 --out {tmp_path}/run")
     before = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
@@ -689,14 +689,14 @@ def test_the_next_line_is_a_command_that_works(chain, tmp_path, capsys):
 
 
 def test_what_is_good_is_saved_before_a_disks_error_ends_a_run(chain, tmp_path, monkeypatch):
-    draw = train_vae.Draws.draw
+    draw = train_vae.Draws.__getitem__
 
-    def stale(self, step, place):
-        if step == 3:
+    def stale(self, key):
+        if key[0] == 3:
             raise vae.DiskError("x.png: Stale file handle")
-        return draw(self, step, place)
+        return draw(self, key)
 
-    monkeypatch.setattr(train_vae.Draws, "draw", stale)
+    monkeypatch.setattr(train_vae.Draws, "__getitem__", stale)
     with pytest.raises(vae.DiskError):
         call(train_vae, chain.stage1, f"--save-every 100 --steps 8 --out {tmp_path}/run")
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 3

@@ -436,6 +436,22 @@ def test_diffusers_own_folders_load(tmp_path):
             assert relative(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) < 1e-5
 
 
+def test_each_type_of_tensor_reads_as_the_library_wrote_it(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    numbers = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 8.0]])
+    state = {name: numbers.to(dtype) for name, dtype in V.DTYPES.items()}
+    odd = {"scalar": torch.tensor(5.0), "none": torch.zeros(0, 3)}
+    library.save_file(state | odd, tmp_path / "a.safetensors")
+    found = V.read(tmp_path / "a.safetensors")
+    assert found.keys() == state.keys() | odd.keys() and found["none"].shape == (0, 3)
+    assert found["scalar"].item() == 5 and found["F8_E4M3"].dtype == torch.float8_e4m3fn
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].float(), tensor.float())
+    V.write_safetensors(state, tmp_path / "b.safetensors")
+    assert all(torch.equal(v.float(), state[k].float())
+               for k, v in library.load_file(tmp_path / "b.safetensors").items())
+
+
 def test_a_runs_folder_holds_heads_and_statistics(small, tmp_path):
     align, info = V.Align(4, 24, layers=4, hidden=16), {"latents": {"mean": 0.5}}
     small.save(tmp_path / "vae", align, info)
