@@ -271,6 +271,11 @@ clock, flag"""
 VOC, ADE20K = (names.replace("\n", " ").split(", ") for names in (VOC, ADE20K))
 
 
+def color(i):
+    """Class i's RGB by PASCAL VOC's rule: every third bit of i to red, green, blue in turn, highest first."""
+    return tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(8)) for c in range(3))
+
+
 class Segmenter(nn.Module):
     """A linear map of normed patch features to class logits, with the `names` and `colors` of its classes.
 
@@ -278,11 +283,10 @@ class Segmenter(nn.Module):
 
     def __init__(self, dim=1024, classes=21):
         super().__init__()
-        self.linear = nn.Linear(dim, classes)
+        self.dim, self.linear = dim, nn.Linear(dim, classes)
         self.names = {21: VOC, 150: ADE20K}.get(classes) or [f"class {i}" for i in range(classes)]
         first = 1 if classes == 150 else 0                      # ADE20K has no background to be black
-        bits = [f"{i + first:024b}"[::-1] for i in range(classes)]     # PASCAL VOC's rule: every third bit to
-        self.colors = [tuple(int(b[c::3], 2) for c in range(3)) for b in bits]      # red, green, blue in turn
+        self.colors = [color(i + first) for i in range(classes)]
 
     def forward(self, patch, grid, size):
         """patch: [B,h*w,D] on a grid -> logits [B,C,H,W] at a size; grid, size: a number or a pair."""
@@ -340,6 +344,7 @@ class Depth(nn.Module):
 
     def __init__(self, dim=1024, proj=512, widths=(256, 128, 64), expand=2, blocks=2, last=32):
         super().__init__()
+        self.dim = dim
         self.projects = nn.ModuleList(nn.Conv2d(dim, proj, 1) for _ in range(4))
         self.upsample_blocks = nn.ModuleList()
         for cin, cout in zip((proj, *widths), widths):
@@ -443,7 +448,7 @@ def read_file(path, public):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as e:
         with open(path, "rb") as f:
-            why = f"not a whole {kind} file (begins with {f.read(12)}); if downloaded, get it again"
+            why = f"not a whole {kind} file (begins with {f.read(12)}); delete it and get it again"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(e)):
             why = f"holds {refused[1]}, which is never loaded; torch.save its state_dict alone"
         raise UserError(f"{path}: {why}") from None

@@ -54,9 +54,8 @@ from vae import (
     world,
 )
 
-GITHUB = "https://github.com/"
-FID_WEIGHTS = GITHUB + "mseitzer/pytorch-fid/releases/download/fid_weights/"
-LPIPS_LAYERS = GITHUB + "richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+LPIPS_LAYERS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
 INCEPTION, VGG16 = "pt_inception-2015-12-05-6726825d.pth", "vgg16-397923af.pth"
 PUBLIC = {  # name: (url, file in torch.hub's cache, beginning of its sha256, bytes)
     "inception": (FID_WEIGHTS + INCEPTION, INCEPTION, "6726825d", None),
@@ -228,9 +227,8 @@ class LPIPS(nn.Module):
             self.features.append(layer)
         tapped = enumerate(widths[i] for i in (1, 3, 6, 9, 12))
         self.lin = nn.ParameterDict({f"lin{k}": torch.full((1, c, 1, 1), 1 / 5) for k, c in tapped})
-        mean, std = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]             # ImageNet's, on [-1,1]
-        self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))  # ImageNet's mean
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))  # and std, on [-1,1]
 
     @classmethod
     def load(cls, vgg=None, lin=None):
@@ -250,8 +248,7 @@ class LPIPS(nn.Module):
         load_strict(net.features, features, name)
         if lin is not None:
             state, name = weights(lin)
-            state = {k.removesuffix(".model.1.weight"): v for k, v in state.items()}
-            load_strict(net.lin, {k: v for k, v in state.items() if k in net.lin}, name)
+            load_strict(net.lin, {k[:4]: v for k, v in state.items() if k[:4] in net.lin}, name)
         return net.eval().requires_grad_(False)
 
     def unit_features(self, x):
@@ -622,9 +619,7 @@ def augmentations(scale=(0.08, 1), ratio=(3 / 4, 4 / 3), kernel=None, sigma=(0.1
         odd = kernel or max(3, 2 * round((23 * size / min(max(size, 224), 256) - 1) / 2) + 1)
         return TF.gaussian_blur(x, odd, draw.uniform(*sigma))
 
-    def gray(x):
-        return TF.rgb_to_grayscale(x, 3)
-
+    gray = partial(TF.rgb_to_grayscale, num_output_channels=3)
     return {"crop": lambda x, draw: (crop(x, draw), crop(x, draw)),
             "flip": lambda x, draw: (x, x.flip(-1)),
             "blur": lambda x, draw: (blur(x, draw), blur(x, draw)),
@@ -698,9 +693,8 @@ def reconstruct(model, images, seed, micro, device, name, lpips=None, inception=
             z = posterior.sample(noise.to(x.device))
             y = to_uint8(model.decode(z))                                      # [B, 3, H, W]
             a, b, flat = x / 255, y / 255, z.double().flatten(1)               # flat: [B, C*h*w]
-            store(metrics, n, places, psnr=psnr(a, b), ssim=ssim(a, b), ssim2=ssim(a, b, data_range=2))
-            if lpips:
-                store(metrics, n, places, lpips=lpips(2 * a - 1, 2 * b - 1).double())
+            distance = lpips(2 * a - 1, 2 * b - 1).double() if lpips else None
+            store(metrics, n, places, psnr=psnr(a, b), ssim=ssim(a, b), ssim2=ssim(a, b, 2), lpips=distance)
             store(latents, n, places, z_mean=flat.mean(1), z_square=flat.square().mean(1))
             store(latents, n, places, z_min=flat.amin(1), z_max=flat.amax(1), kl=posterior.kl().double())
             store(latents, n, places, posterior_std=posterior.std.flatten(1).mean(1).double())
@@ -758,6 +752,8 @@ def flags():
         p.error("--size is 7 at least, the window of SSIM")
     if kernel % 2 == 0 or kernel >= 2 * side:
         p.error(f"--blur-kernel is odd and less than twice the image's {side} px")
+    if not (args.data if args.vae else args.ref and (args.samples or args.save_stats)):
+        p.error("give SAMPLES and --ref, or --vae and --data")
     source = Path([*args.samples, *args.vae, "."][0])
     folder = source if args.vae and source.is_dir() else source.parent       # never among pictures
     args.out = args.out or str(folder / "results.json")
@@ -799,8 +795,6 @@ def feature_net(args, device):
 def look_at_inputs(args):
     """Opens --ref and SAMPLES, so that what is wrong is said before anything long -> (Statistics that they
     hold, after an empty one of --features; whether there are images to measure)."""
-    if not args.ref or not (args.samples or args.save_stats):
-        raise UserError("give SAMPLES and --ref, or --vae and --data; see --help")
     like, any_images = [Statistics(f"--features {args.features}", args.features)], False
     for source in (args.ref, *args.samples):
         images, own = open_set(source, args.size)
@@ -865,8 +859,6 @@ def spread(each):
 
 def compare_vaes(args, device):
     """Every --vae on the same images, noise and views; from the second on also differences to the first."""
-    if not args.data:
-        raise UserError("--data names the folder of images to measure --vae on")
     folder = Images(args.data, args.size or 256)
     if args.num and args.num > len(folder):
         raise UserError(f"{args.data}: holds {len(folder)} images, not --num {args.num}")
@@ -903,10 +895,8 @@ def main():
     args = flags()
     device = start(args)
     read_json(args.out, {})           # if the numbers cannot be added to it, that is said now
-    if args.vae:
-        compare_vaes(args, device)
-    else:
-        compare_samples(args, device)
+    compare = compare_vaes if args.vae else compare_samples
+    compare(args, device)
 
 
 if __name__ == "__main__":

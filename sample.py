@@ -155,21 +155,19 @@ class Tasks:
 
     def __init__(self, args, vae, device):
         self.names = args.tasks
-        self.align = Align.load(vae.folder).to(device)
+        self.align = Align.load(vae.folder or "a public VAE").to(device)
         if "_reg" in str(vae.info.get("dino")) and "seg" in self.names:
             print0("note: heads know no registers: rough masks. Figure 4 wants train_vae.py --dino vitl14")
         self.seg = Segmenter.load(args.seg_head).to(device) if "seg" in self.names else None
         self.depth = Depth.load(args.depth_head).to(device) if "depth" in self.names else None
-        widths = {"--seg-head": self.seg.linear.in_features} if self.seg else {}
-        widths |= {"--depth-head": self.depth.projects[0].in_channels} if self.depth else {}
-        for flag, width in widths.items():
-            if width != self.align.dim:
-                raise UserError(f"{flag} reads features of {width} numbers, the VAE's have {self.align.dim}")
+        for flag, head in (("--seg-head", self.seg), ("--depth-head", self.depth)):
+            if head and head.dim != self.align.dim:
+                raise UserError(f"{flag} reads features of {head.dim} numbers, this VAE has {self.align.dim}")
 
     @torch.no_grad()
-    def __call__(self, z, images):
-        """Raw latents [B,C,h,w], images uint8 -> [a uint8 picture [B,3,H,W] for each task], classes seen."""
-        patch, (h, w), size, seen, out = self.align(z)[0], z.shape[-2:], images.shape[-2:], [], []
+    def write(self, z, images, path):
+        """A PNG: images uint8 [B,3,H,W], eight a row, each above the masks and maps of its raw latent."""
+        patch, (h, w), size, seen, sets = self.align(z)[0], z.shape[-2:], images.shape[-2:], [], [images]
 
         def read(head):
             return torch.cat([head(part, (h, w), size).cpu() for part in patch.split(8)])
@@ -179,13 +177,19 @@ class Tasks:
                 mask = read(self.seg).argmax(1)
                 seen = mask.unique().tolist()
                 palette = torch.tensor(self.seg.colors, dtype=torch.uint8)
-                out.append(images // 2 + palette[mask].permute(0, 3, 1, 2) // 2)
+                sets.append(images // 2 + palette[mask].permute(0, 3, 1, 2) // 2)
             elif name == "depth":
-                out.append(color_depth(read(self.depth)))
+                sets.append(color_depth(read(self.depth)))
             else:
                 colors = pca(patch)[0].transpose(1, 2).unflatten(2, (h, w)) * foreground(patch)[:, None]
-                out.append((F.interpolate(colors, size) * 255).to(torch.uint8).cpu())
-        return out, seen
+                sets.append((F.interpolate(colors, size) * 255).to(torch.uint8).cpu())
+        width = min(8, len(images))
+        spare = (0, 0) * 3 + (0, -len(images) % width)         # white tiles: the last row may be short
+        parts = zip(*(F.pad(pictures, spare, value=255).split(width) for pictures in sets))
+        sheet = grid(torch.cat([row for part in parts for row in part]), columns=width)
+        with atomic(path) as f:
+            (legend(sheet, self.seg, seen) if seen else sheet).save(f, "PNG")
+        print0(f"wrote {path}")
 
 
 def legend(sheet, seg, seen):
@@ -213,27 +217,23 @@ def write_pictures(args, paint, names):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("[0-9]" * 6 + ".png"):
             old.unlink()
-    bar = progress(args.num, "sampling")
-    for part in missing_ranges(np.zeros(args.num), args.batch):  # where the first process has made the folder
-        z, images = paint(part)
+    for part, z, images in paint(np.zeros(args.num)):      # it waits for all ranks, so the folder is there
         for i, latent, image in zip(part, z, images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
             if i < SHOWN:
                 shown[i] = latent, image
-        bar.update(min(len(part) * world(), args.num - bar.n))
-    bar.close()
     shown = dict(sorted(pair for shares in everyone(shown) for pair in shares.items()))
     z, images = map(torch.stack, zip(*shown.values()))
     if rank() == 0:
         columns = min(8, math.ceil(math.sqrt(len(images))))
-        save_picture(images, f"{args.out}/grid.png", columns, names and names[:SHOWN])
+        save_picture(images, f"{args.out}/grid.png", columns, names)
     print0(f"wrote {args.out}/grid.png, and each image into {folder}")
     return z, images
 
 
 def write_npz(args, file, paint, y, manifest, image_bytes):
-    """FILE.npz, by way of one file for each batch in OUT/parts, from which a stopped run goes on -> the first
-    latents and images, for the first rank's --tasks."""
+    """FILE.npz, by way of OUT/parts/FIRST-LAST.npz for each batch, from which a stopped run goes on -> the
+    first latents and images, for the first rank's --tasks."""
     parts, begun = Path(args.out, "parts"), same_manifest(args.out, manifest, "--out")
     whole = begun and Path(file).is_file()
     if not all(everyone(whole)):
@@ -241,10 +241,16 @@ def write_npz(args, file, paint, y, manifest, image_bytes):
             check_space(args.out, 2 * args.num * image_bytes, "--out")     # twice, before the parts go
             parts.mkdir(exist_ok=True)
             save(manifest, Path(args.out, "manifest.json"))
-        draw_parts(args, parts, paint)
+        done = np.zeros(args.num)
+        for old in parts.glob("*-*.npz"):
+            first, last = map(int, old.stem.split("-"))
+            done[first:last + 1] = 1
+        for part, z, images in paint(done):
+            with atomic(parts / f"{part[0]:06d}-{part[-1]:06d}.npz") as f:
+                np.savez(f, images=images.permute(0, 2, 3, 1).numpy(), latents=z.numpy())
+        barrier()
         if rank() == 0:
             join_parts(args, file, parts, y)
-        barrier()
     if rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)          # none, or what a kill left here
     print0(f"wrote {file}")
@@ -253,22 +259,6 @@ def write_npz(args, file, paint, y, manifest, image_bytes):
     with np.load(file) as arrays:
         z, images = (torch.from_numpy(arrays[name][:SHOWN]) for name in ("latents", "arr_0"))
     return z, images.permute(0, 3, 1, 2)
-
-
-def draw_parts(args, parts, paint):
-    """This rank's share of the batches that are not there yet, each a file FIRST-LAST.npz."""
-    done = np.zeros(args.num, bool)
-    for file in parts.glob("*-*.npz"):
-        first, last = map(int, file.stem.split("-"))
-        done[first:last + 1] = True
-    bar = progress(args.num, "sampling", done=int(done.sum()))
-    for part in missing_ranges(done, args.batch):
-        z, images = paint(part)
-        with atomic(parts / f"{part[0]:06d}-{part[-1]:06d}.npz") as f:
-            np.savez(f, images=images.permute(0, 2, 3, 1).numpy(), latents=z.numpy())
-        bar.update(min(len(part) * world(), args.num - bar.n))
-    bar.close()
-    barrier()
 
 
 def read_part(file, key):
@@ -299,18 +289,6 @@ def join_parts(args, file, parts, y):
             np.lib.format.write_array(member, y)
 
 
-def write_tasks(args, tasks, z, images, device):
-    """OUT/tasks.png: images, eight a row, each above its masks and maps."""
-    pictures, seen = tasks(z.to(device), images)
-    rows = [row for part in zip(*(p.split(8) for p in (images, *pictures))) for row in part]
-    width = min(8, len(images))
-    blank = [row.new_full((width - len(row), *row.shape[1:]), 255) for row in rows]    # the last may be short
-    sheet = grid(torch.cat([tile for pair in zip(rows, blank) for tile in pair]), columns=width)
-    with atomic(f"{args.out}/tasks.png") as f:
-        (legend(sheet, tasks.seg, seen) if seen else sheet).save(f, "PNG")
-    print0(f"wrote {args.out}/tasks.png")
-
-
 def main():
     args = flags()
     device = start(args)
@@ -329,17 +307,19 @@ def main():
         model.compile(dynamic=False)                      # two or three sizes of batch
 
     @torch.no_grad()
-    def paint(part):
-        """A range of indices -> raw latents [B,C,h,w] and images uint8 [B,3,H,W]."""
-        z = draw(args, guided, norm, part, y[part.start:part.stop], device)
-        return z.cpu(), to_uint8(vae.decode(z)).cpu()
+    def paint(done):
+        """This rank's share of what is not done: ranges, raw latents [B,C,h,w], images uint8 [B,3,H,W]."""
+        with progress(args.num, "sampling", done=int(done.sum())) as bar:
+            for part in missing_ranges(done, args.batch):
+                z = draw(args, guided, norm, part, y[part.start:part.stop], device)
+                yield part, z.cpu(), to_uint8(vae.decode(z)).cpu()
+                bar.update(min(len(part) * world(), args.num - bar.n))
 
     guidance = f"cfg {args.cfg} in {args.interval}" if args.cfg != 1 else "no guidance"
     print0(f"{args.num:,} images, {args.sampler} {args.steps} steps, {guidance}, {args.dtype}, {device.type}")
     with lock(args.out):
         if args.npz is None:
-            names = [classes[c] for c in y] if classes else None
-            z, images = write_pictures(args, paint, names)
+            z, images = write_pictures(args, paint, [classes[c] for c in y[:SHOWN] if classes])
         else:
             places = ("ckpt", "vae", "out", "npz", "tasks", "seg_head", "depth_head", "batch", "compile")
             manifest = {k: v for k, v in vars(args).items() if k not in places}
@@ -352,7 +332,7 @@ def main():
             ref = "VIRTUAL_imagenet256_labeled.npz" if imagenet else f"{shlex.quote(data)} --size {size}"
             print0(f"next:\n  python fid.py {shlex.quote(file)} --ref {ref}")
         if tasks is not None and rank() == 0:
-            write_tasks(args, tasks, z, images, device)
+            tasks.write(z.to(device), images, f"{args.out}/tasks.png")
         barrier()
 
 

@@ -1246,8 +1246,6 @@ def test_an_entry_that_was_measured_otherwise_is_named(world, quick, monkeypatch
 
 
 @pytest.mark.parametrize("words, message", [
-    ("{w}/data", "--ref"),
-    ("--vae {w}/one", "--data"),
     ("{vae} --data {w}/data --num 99", "holds 24 images, not --num 99"),
     ("{vae} --data {w}/data/a --probe", "--probe needs a folder per class"),
     ("{vae} --data {w}/data --size 15", "multiples of 2, not (15, 15); see --size"),
@@ -1284,6 +1282,9 @@ def test_a_command_that_cannot_run_says_why_in_one_line(world, monkeypatch, caps
     ("x.npz --ref r --num 0", "argument --num/--num-images: 0: 1 at least"),
     ("x.npz --ref r --micro -1", "argument --micro: -1: 1 at least"),
     ("x.npz --ref r --size 0", "argument --size: 0: 1 at least"),
+    ("x.npz", "give SAMPLES and --ref, or --vae and --data"),
+    ("--ref r", "give SAMPLES and --ref, or --vae and --data"),
+    ("--vae v", "give SAMPLES and --ref, or --vae and --data"),
     ("--vae v --data d --size 6", "--size is 7 at least, the window of SSIM"),
     ("--vae v --data d --blur-kernel 4", "--blur-kernel is odd and less than twice the image's 256 px"),
     ("--vae v --data d --blur-kernel 0", "argument --blur-kernel: 0: 1 at least"),

@@ -234,7 +234,7 @@ def test_masks_want_a_teacher_without_registers_and_of_the_heads_width(chain, tm
     (tmp_path / "vae/reals.json").write_text(json.dumps({**info, "dino": "dinov2_vitl14_reg4_pretrain.pth"}))
     command = f"--ckpt {chain.root}/sit --num 1 --steps 2 --tasks seg --out {tmp_path}/out"
     with pytest.raises(
-        ValueError, match="--seg-head reads features of 96 numbers, the VAE.s have 64"
+        ValueError, match="--seg-head reads features of 96 numbers, this VAE has 64"
     ):
         call(S, command, f"--vae {tmp_path}/vae --seg-head", segmentation_head(tmp_path / "wide.pth", 96))
     assert "Figure 4 wants train_vae.py --dino vitl14" in capsys.readouterr().out
@@ -304,6 +304,12 @@ def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, words, says):
         done.stderr
     )
     assert "cfg 3" in words or not (tmp_path / "out").exists()
+
+
+def test_tasks_of_a_public_vae_name_what_it_lacks():
+    args, public = type("Args", (), dict(tasks=["pca"])), V.VAE(16, (1, 2), 1)
+    with pytest.raises(V.UserError, match="a public VAE: no align.safetensors beside this VAE"):
+        S.Tasks(args, public, "cpu")
 
 
 @pytest.mark.parametrize("words", ["--npz out/mine", "--num 0", "--batch 0"])
