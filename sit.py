@@ -184,7 +184,8 @@ class SiT(nn.Module):
         proj = self.x_embedder["proj"]
         nn.init.xavier_uniform_(proj.weight.view(len(proj.weight), -1))
         nn.init.zeros_(proj.bias)
-        for m in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        embeddings = [m for m in self.modules() if isinstance(m, nn.Embedding)]
+        for m in (*embeddings, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(m.weight, std=0.02)
         modulations = [block.adaLN_modulation[1] for block in (*self.blocks, self.final_layer)]
         for m in (*modulations, self.final_layer.linear):

@@ -296,12 +296,12 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def learning_rate(step, args):
-    """--lr after linear --warmup; with --schedule cosine down to 0 at --steps."""
+def schedule(step, args):
+    """What to multiply a learning rate by: linear --warmup; with --schedule cosine down to 0 at --steps."""
     scale = min(1, (step + 1) / args.warmup) if args.warmup else 1
     if args.schedule == "cosine":
         scale *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
-    return args.lr * scale
+    return scale
 
 
 @torch.no_grad()
@@ -350,6 +350,7 @@ def main():
     process = process_of(net, device)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]               # each group has its own
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
 
     hashes = {"data": images.fingerprint, "vae": fingerprint(vae, vae.encoder_parts)}
@@ -377,6 +378,7 @@ def main():
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss
         for step in range(start_step, args.steps):
+            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))   # of dropout
             for k in range(accumulation):
                 batch = (v.to(device, non_blocking=True) for v in next(batches))
                 moments, posterior_noise, noise, u, y, pictures = batch
@@ -385,22 +387,24 @@ def main():
                 model.require_backward_grad_sync = k == accumulation - 1    # DDP sums gradients once a step
                 with autocast():
                     out, tokens = model(process.noised(x, noise, t), t, y, return_tokens=True)
-                each = process.loss(out.to(dtype), x, noise, t)             # [B]; a weight of t: times that
-                terms = {"loss": (1.0, each.mean())}                        # name: (weight, raw value)
+                each = process.loss(out.to(dtype), x, noise, t)             # [B]
+                terms = {"loss": (1.0, each)}             # name: (weight, a number or [B]; raw values [B])
                 if teacher is not None:
                     with torch.no_grad(), autocast():
                         target, _ = teacher.targets(from_uint8(pictures), net.grid)         # [B,N,D]
                     repa = repa_loss(tokens.to(dtype), target.to(dtype))    # [B]
-                    terms["repa"] = args.repa_weight, repa.mean()
-                loss = sum(weight * value for weight, value in terms.values())
+                    terms["repa"] = args.repa_weight, repa
+                loss = sum((weight * values).mean() for weight, values in terms.values())
                 (loss / accumulation).backward()
-                log.add({name: value for name, (_, value) in terms.items()}, accumulation)
+                log.add({name: values.mean() for name, (_, values) in terms.items()}, accumulation)
                 counted = torch.stack([each.detach().double(), torch.ones_like(u)])
                 by_time.index_add_(1, (u * 10).long(), counted)
 
             norm_of_gradient = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
             finite, stopping = stop.look((norm_of_gradient + loss.detach()).isfinite())
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+            share = schedule(step, args)
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * share
             if finite:
                 optimizer.step()
                 update_ema(ema, net, args.ema)
@@ -412,7 +416,7 @@ def main():
             if done % args.log_every == 0 or done == args.steps:
                 sums, counts = total(by_time).tolist()
                 means = [a / b if b else None for a, b in zip(sums, counts)]
-                log.line(done, {"lr": lr, **mfu(net, log.rate(done)), "by time": means})
+                log.line(done, {"lr": args.lr * share, **mfu(net, log.rate(done)), "by time": means})
                 by_time.zero_()
             last = done == args.steps or stopping
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):

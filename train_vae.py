@@ -176,7 +176,7 @@ def build(args, device, dtype):
 
 class Draws(torch.utils.data.Dataset):
     """An image with all its random draws, made in the loader's workers: [step, place in the global batch] ->
-    uint8 image [3,S,S], noise [C,h,w]."""
+    uint8 image [3,S,S], noise [C,h,w]. Another crop: give it Images of size None, and crop here."""
 
     def __init__(self, images, shape, args):
         self.images, self.shape, self.batch, self.seed = images, shape, args.batch, args.seed
@@ -252,12 +252,12 @@ def finish(args, stage1, teacher, images, device, dtype):
 # --------------------------------------------------------------------------------------------------- training
 
 
-def learning_rate(step, args):
-    """--lr after linear --warmup; with --schedule cosine down to 0 at --steps."""
+def schedule(step, args):
+    """What to multiply a learning rate by: linear --warmup; with --schedule cosine down to 0 at --steps."""
     scale = min(1, (step + 1) / args.warmup) if args.warmup else 1
     if args.schedule == "cosine":
         scale *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
-    return args.lr * scale
+    return scale
 
 
 def main():
@@ -279,6 +279,8 @@ def main():
     if disc is not None:
         optimizers.append(adamw(disc.parameters(), args.lr, (0.5, 0.9), weight_decay=0))
         parts |= {"disc": disc, "disc optimizer": optimizers[1]}
+
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     hashes = {"data": images.fingerprint, "init": fingerprint(stage1.vae) if args.init != "none" else None}
     hashes |= {k: net and fingerprint(net) for k, net in {"teacher": teacher, "lpips": lpips}.items()}
@@ -302,6 +304,7 @@ def main():
         log = Log(args, start_step, sum(sizes), sum(p.nbytes for p in stage1.parameters()))
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):
+            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))   # of dropout
             for k in range(accumulation):
                 x, noise = (v.to(device, non_blocking=True) for v in next(batches))
                 x, noise = from_uint8(x).to(dtype), noise.to(dtype)         # [B,3,H,W] in [-1,1], [B,C,h,w]
@@ -343,9 +346,10 @@ def main():
 
             norms = [nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf) for net in nets]
             finite, stopping = stop.look(torch.stack([*norms, loss.detach()]).isfinite().all())
-            lr = learning_rate(step, args)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = lr
+            share = schedule(step, args)
+            for optimizer, own in zip(optimizers, rates):
+                for group, rate in zip(optimizer.param_groups, own):
+                    group["lr"] = rate * share
                 if finite:
                     optimizer.step()
                 optimizer.zero_grad()
@@ -354,7 +358,7 @@ def main():
             done = step + 1
             bar.update(args.batch)
             if done % args.log_every == 0 or done == args.steps:
-                log.line(done, {"lr": lr, "PSNR": reconstruct(stage1.vae, watched)[1]})
+                log.line(done, {"lr": args.lr * share, "PSNR": reconstruct(stage1.vae, watched)[1]})
             last = done == args.steps or stopping
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
                 with autocast():

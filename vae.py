@@ -1222,8 +1222,8 @@ def accumulation_steps(args):
     return args.batch // (world() * args.micro)
 
 
-MAY_CHANGE_ON_RESUME = "micro workers log_every save_every picture_every keep compile checkpointing".split()
-MAY_CHANGE_ON_RESUME += "out data val vae cache stats".split()    # places: what lies there is hashed
+MAY_CHANGE_ON_RESUME = "micro workers keep compile checkpointing".split()         # and what ends in _every
+MAY_CHANGE_ON_RESUME += "out data val vae cache stats dino vgg lpips".split()     # what lies there is hashed
 MAY_CHANGE_ON_RESUME += "clip dtype".split()                      # they help where a gradient was not finite
 
 
@@ -1234,12 +1234,13 @@ def plain(args):
 
 def resume(args, flags, hashes, parts):
     """Gives each of the parts what OUT/ckpt.pt holds of it, and returns the rest, {"step": 0} where there is
-    none; all ranks must see the same one. UserError where it was made with other flags or hashes. A flag that
-    it does not know is taken to have had its default: flags(these) are the flags with these left out."""
+    none; all ranks must see the same one. UserError where it was made with other flags, hashes or parts. A
+    flag that it does not know must have its default, which is said: flags(these) leaves these flags out."""
     path = whole_checkpoint(args)
     ckpt = load_file(path) if path.is_file() else None
-    if ckpt is not None and "args" not in ckpt:
-        raise UserError(f"{path} is a milestone: it has no flags, weights and optimiser to go on from")
+    if missing := {"args", *parts} - ckpt.keys() if ckpt else None:
+        lacks = f"holds no {', '.join(sorted(missing))}: a milestone, or of a run without"
+        raise UserError(f"{path} {lacks}; another --out starts anew")
     same_for_all({f"the step of {path}, which all machines must share,": ckpt and ckpt["step"]})
     same_for_all({f"the hash of {what}": value for what, value in hashes.items()})
     if ckpt is None:
@@ -1248,7 +1249,7 @@ def resume(args, flags, hashes, parts):
     old = plain(flags(now.keys() - old.keys())) | old                       # flags() are all flags
     longer = ["steps", "epochs"] if args.schedule == "constant" else []     # a constant rate may go on
     for key, value in now.items():
-        if old[key] != value and key not in MAY_CHANGE_ON_RESUME + longer:
+        if old[key] != value and key not in MAY_CHANGE_ON_RESUME + longer and not key.endswith("_every"):
             flag = f"--{key.replace('_', '-')} {old[key]}"
             raise UserError(f"{path} was made with {flag}, not {value}; another --out starts anew")
     for what, value in hashes.items():
@@ -1256,6 +1257,7 @@ def resume(args, flags, hashes, parts):
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
     told = [f", --{k} {now[k]} in place of {old[k]}" for k in ("clip", "dtype") if now[k] != old[k]]
     told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in now]
+    told += [f", with --{k} {v}, then unknown" for k, v in now.items() if k not in ckpt["args"]]
     print0(f"{path}: going on from step {ckpt['step']}" + "".join(told))
     for name, part in parts.items():
         part.load_state_dict(ckpt.pop(name))

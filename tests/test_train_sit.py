@@ -182,6 +182,60 @@ def test_draws_depend_on_seed_step_and_place_alone(chain):
     assert 0.04 < drops < 0.18 and abs(np.mean([m[3] for m in many]) - 0.5) < 0.05
 
 
+TRAINERS = {"train_vae": train_vae, "train_sit": T}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_each_group_of_an_optimizer_keeps_its_own_rate(chain, tmp_path, monkeypatch, trainer):
+    made, adamw = [], torch.optim.AdamW
+
+    def in_groups(params, lr, *rest, **more):
+        first, *others = params
+        made.append(adamw([{"params": [first], "lr": lr / 10}, {"params": others}], lr, *rest, **more))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", in_groups)
+    words = {"train_vae": chain.stage1, "train_sit": chain.stage2}[trainer] + " --warmup 2"
+    for k in (3, 4):                                        # the second goes on from the first
+        monkeypatch.setattr(TRAINERS[trainer], "schedule", lambda step, args: 0.5 ** step)
+        call(TRAINERS[trainer], f"{words} --schedule constant --lr 1e-3 --steps {k} --out {tmp_path}/run")
+        share = 0.5 ** (k - 1)
+        for optimizer in made:
+            assert [group["lr"] for group in optimizer.param_groups] == [1e-4 * share, 1e-3 * share]
+        made.clear()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_dropout_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer):
+    """torch's own generator is seeded at each step: what somebody adds with chance in it resumes, too."""
+    build, masks = TRAINERS[trainer].build, []
+
+    def with_dropout(*args):
+        nets = build(*args)
+        first = nets[0].vae.encoder.conv_in if trainer == "train_vae" else nets[0].t_embedder
+
+        def drop(module, given, out):
+            if torch.is_grad_enabled():
+                out = torch.nn.functional.dropout(out, 0.5)
+                masks.append(out.detach() == 0)
+            return out
+
+        first.register_forward_hook(drop)
+        return nets
+
+    monkeypatch.setattr(TRAINERS[trainer], "build", with_dropout)
+    words = {"train_vae": chain.stage1, "train_sit": chain.stage2}[trainer] + " --schedule constant"
+    call(TRAINERS[trainer], f"{words} --steps 4 --out {tmp_path}/whole")
+    torch.rand(5)
+    call(TRAINERS[trainer], f"{words} --steps 2 --out {tmp_path}/run")
+    torch.rand(7)
+    call(TRAINERS[trainer], f"{words} --steps 4 --out {tmp_path}/run")
+    whole, run = (torch.load(tmp_path / f"{n}/ckpt.pt", weights_only=True) for n in ("whole", "run"))
+    for part in ("model", "optimizer") if trainer == "train_vae" else ("net", "ema", "optimizer"):
+        assert same(whole[part], run[part])
+    assert all(0.4 < m.float().mean() < 0.6 for m in masks) and not torch.equal(masks[0], masks[1])
+
+
 @pytest.mark.parametrize(
     "words, raw, std, warns",
     [
@@ -386,7 +440,7 @@ def test_a_checkpoint_tells_a_reader_all_it_needs(chain):
 
 @pytest.mark.parametrize("more", ["", "--repa --dino {}/dino.pth"])
 def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(T, "learning_rate", killed_at(5, T.learning_rate))
+    monkeypatch.setattr(T, "schedule", killed_at(5, T.schedule))
     command, whole = f"{chain.stage2} --steps 6 --keep 3 {more.format(chain.root)}", chain.root
     with pytest.raises(RuntimeError):
         call(T, command, f"--out {tmp_path}/sit")

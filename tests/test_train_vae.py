@@ -252,7 +252,7 @@ def test_the_folder_says_of_the_latents_what_they_are(chain):
     line = json.loads((chain.root / "vae/log.jsonl").read_text().splitlines()[-1])
     assert line["PSNR"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3) and line[
         "lr"
-    ] == pytest.approx(T.learning_rate(3, SimpleNamespace(lr=5e-5, warmup=0, schedule="cosine", steps=4)))
+    ] == pytest.approx(5e-5 * T.schedule(3, SimpleNamespace(warmup=0, schedule="cosine", steps=4)))
 
 
 def test_optimisers_and_defaults_are_those_that_the_readme_states(chain, monkeypatch):
@@ -349,12 +349,12 @@ def test_a_log_of_steps_that_were_lost_does_not_say_them_twice(chain, tmp_path):
     assert ["start" in line for line in lines] == [True, False, True, False]
 
 
-def killed_at(step, learning_rate):
-    """In the place of a trainer's learning_rate: it is asked once a step, before any weight changes."""
+def killed_at(step, schedule):
+    """In the place of a trainer's schedule: it is asked in each step before any weight changes."""
     def killed(now, args):
         if now == step:
             raise RuntimeError("power cut")
-        return learning_rate(now, args)
+        return schedule(now, args)
     return killed
 
 
@@ -368,7 +368,7 @@ def same(a, b):
 
 def test_a_killed_run_goes_on_bitwise(chain, tmp_path, monkeypatch):
     command = f"{chain.stage1} --steps 4 --out {tmp_path}/vae"
-    monkeypatch.setattr(T, "learning_rate", killed_at(3, T.learning_rate))
+    monkeypatch.setattr(T, "schedule", killed_at(3, T.schedule))
     with pytest.raises(RuntimeError):
         call(T, command)
     monkeypatch.undo()
@@ -411,7 +411,7 @@ BUGS = {  # what somebody breaks: (the line that breaks it, what the traceback m
     ),
     "a loss": ("train_vae.align_loss = lambda ours, theirs: ours + theirs[:, :3]", "must match the size"),
     "a path of one's own": (
-        "train_vae.learning_rate = lambda step, args: open('/nowhere/rate')",
+        "train_vae.schedule = lambda step, args: open('/nowhere/rate')",
         "FileNotFoundError",
     ),
 }
@@ -442,7 +442,7 @@ def test_a_bug_ends_in_a_traceback_that_names_its_line_and_the_loader_ends_too(c
 
 
 def test_an_interrupt_that_is_not_caught_ends_in_one_line(chain, tmp_path):
-    done = broken(chain, tmp_path, "def rate(*a): raise KeyboardInterrupt\ntrain_vae.learning_rate = rate")
+    done = broken(chain, tmp_path, "def rate(*a): raise KeyboardInterrupt\ntrain_vae.schedule = rate")
     assert done.returncode == 130 and "Traceback" not in done.stderr
 
 
@@ -453,7 +453,8 @@ def test_a_flag_that_is_new_to_a_checkpoint_counts_as_changed(chain, monkeypatch
         T, "add_run_flags", lambda p, **k: p.add_argument("--mine", type=float, default=0.0) and add(p, **k)
     )
     call(T, f"{chain.stage1} --steps 4 --out {chain.root}/vae")
-    assert "is finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on from step 4, with --mine 0.0, then unknown" in said and "is finished" in said
     with pytest.raises(ValueError, match="was made with --mine 0.0, not 0.5"):
         call(T, f"{chain.stage1} --steps 4 --mine 0.5 --out {chain.root}/vae")
 
