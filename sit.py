@@ -422,8 +422,8 @@ class Flow:
 
     def noised(self, x, noise, t):
         """What the model is shown at times t [B]: x_t [B, C, H, W]."""
-        s = t.to(x.dtype)[:, None, None, None]
-        return s * x + (1 - s) * noise
+        t = t.to(x.dtype)[:, None, None, None]
+        return t * x + (1 - t) * noise
 
     def loss(self, out, x, noise, t):
         """Squared error of the model's output as a velocity, mean over each sample: [B]."""
