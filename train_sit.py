@@ -252,7 +252,7 @@ class Draws(torch.utils.data.Dataset):
 
     def __init__(self, cache, images, args):
         self.cache, self.images, self.args = cache, images if args.repa else None, args
-        self.null = len(cache.manifest["classes"])         # the label that stands for none
+        self.null = len(cache.manifest["classes"])         # the label that stands for none, as in Guided
 
     def __getitem__(self, key):
         args, (step, place) = self.args, key
