@@ -350,7 +350,7 @@ def main():
     process = process_of(net, device)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]               # each group has its own
+    rates = [group["lr"] for group in optimizer.param_groups]               # times schedule()
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
 
     hashes = {"data": images.fingerprint, "vae": fingerprint(vae, vae.encoder_parts)}
@@ -378,7 +378,7 @@ def main():
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss
         for step in range(start_step, args.steps):
-            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))   # of dropout
+            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))  # dropout resumes
             for k in range(accumulation):
                 batch = (v.to(device, non_blocking=True) for v in next(batches))
                 moments, posterior_noise, noise, u, y, pictures = batch

@@ -280,7 +280,7 @@ def main():
         optimizers.append(adamw(disc.parameters(), args.lr, (0.5, 0.9), weight_decay=0))
         parts |= {"disc": disc, "disc optimizer": optimizers[1]}
 
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    rates = [[group["lr"] for group in one.param_groups] for one in optimizers]         # times schedule()
 
     hashes = {"data": images.fingerprint, "init": fingerprint(stage1.vae) if args.init != "none" else None}
     hashes |= {k: net and fingerprint(net) for k, net in {"teacher": teacher, "lpips": lpips}.items()}
@@ -304,7 +304,7 @@ def main():
         log = Log(args, start_step, sum(sizes), sum(p.nbytes for p in stage1.parameters()))
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):
-            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))   # of dropout
+            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))  # dropout resumes
             for k in range(accumulation):
                 x, noise = (v.to(device, non_blocking=True) for v in next(batches))
                 x, noise = from_uint8(x).to(dtype), noise.to(dtype)         # [B,3,H,W] in [-1,1], [B,C,h,w]

@@ -485,7 +485,7 @@ def vae_sizes(state, name, config):
     def width(key):
         shape, first = tuple(state[key].shape) if key in state else "missing", next(iter(state), "none")
         if len(shape) != 4 or not shape[0]:
-            raise UserError(f"{name}: no KL autoencoder: {key} is {shape}, no convolution (it has {first})")
+            raise UserError(f"{name}: not a KL autoencoder: {key} is {shape} (the first tensor: {first})")
         return shape[0]
 
     widths, blocks = [width("encoder.down_blocks.0.resnets.0.conv1.weight")], 0
@@ -620,11 +620,11 @@ DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.
 
 
 def read_safetensors(path):
-    """safetensors: a little-endian uint64 header length, a JSON header, raw tensors. What is cut off has not
-    the size of its shape, which is an error."""
+    """safetensors: a little-endian uint64 header length, a JSON header, raw tensors. Any error means damage,
+    which load_file() says: what is cut off has not the size of its shape."""
     raw = torch.from_numpy(np.memmap(path, np.uint8, "c"))                  # mapped, not read
     start, state = 8 + raw[:8].view(torch.int64).item(), {}
-    if start > len(raw):
+    if not 8 < start <= len(raw):
         raise ValueError("no header")
     for key, entry in json.loads(bytes(raw[8:start].numpy())).items():
         if key != "__metadata__":
@@ -733,7 +733,7 @@ class Images(Dataset):
 
     def find(self, there="", above=()):
         """The paths of all files, relative to the root; each real folder once on a path, no hidden one.
-        there: in this folder alone, below these real ones."""
+        there: the folder to begin in; above: the real folders that lead to it."""
         real = os.path.realpath(self.root / there)
         if not any(Path(one).is_relative_to(real) for one in above):
             _, folders, files = next(os.walk(self.root / there), ("", [], []))      # nothing: no such folder
@@ -1238,8 +1238,9 @@ def resume(args, flags, hashes, parts):
     flag that it does not know must have its default, which is said: flags(these) leaves these flags out."""
     path = whole_checkpoint(args)
     ckpt = load_file(path) if path.is_file() else None
-    if missing := {"args", *parts} - ckpt.keys() if ckpt else None:
-        lacks = f"holds no {', '.join(sorted(missing))}: a milestone, or of a run without"
+    missing = {"args", "step", *parts} - set(ckpt if isinstance(ckpt, dict) else ())
+    if ckpt is not None and missing:
+        lacks = f"holds no {', '.join(sorted(missing))}: it is a milestone, or of a run that had none"
         raise UserError(f"{path} {lacks}; another --out starts anew")
     same_for_all({f"the step of {path}, which all machines must share,": ckpt and ckpt["step"]})
     same_for_all({f"the hash of {what}": value for what, value in hashes.items()})

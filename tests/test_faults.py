@@ -540,7 +540,7 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_serves(chain, tmp_pa
 def test_a_milestone_in_a_checkpoints_place_is_named(chain, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(chain.root / "sit/0000003.pt", tmp_path / "run/ckpt.pt")
-    with pytest.raises(UserError, match="ckpt.pt holds no args, net, optimizer: a milestone"):
+    with pytest.raises(UserError, match="ckpt.pt holds no args, net, optimizer: it is a milestone"):
         call(train_sit, chain.stage2, f"--steps 8 --out {tmp_path}/run")
 
 
@@ -549,10 +549,14 @@ def test_a_part_that_a_checkpoint_lacks_is_named(chain, tmp_path):
     held = torch.load(chain.root / "sit/ckpt.pt", weights_only=True)
     del held["ema"]
     vae.save(held, tmp_path / "run/ckpt.pt")
-    with pytest.raises(UserError, match="ckpt.pt holds no ema: a milestone, or of a run without"):
+    with pytest.raises(UserError, match="ckpt.pt holds no ema: it is a milestone, or of a run that had none"):
         call(train_sit, chain.stage2, f"--steps 8 --out {tmp_path}/run")
     with pytest.raises(UserError, match="ckpt.pt holds no disc, disc optimizer, model:"):
         call(train_vae, chain.stage1, f"--steps 8 --out {tmp_path}/run")
+    for odd in ({}, [1], torch.zeros(3)):
+        vae.save(odd, tmp_path / "run/ckpt.pt")
+        with pytest.raises(UserError, match="ckpt.pt holds no args, ema, net, optimizer, step:"):
+            call(train_sit, chain.stage2, f"--steps 8 --out {tmp_path}/run")
 
 
 @pytest.mark.parametrize("name", ["moments", "labels", "done"])

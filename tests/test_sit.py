@@ -153,6 +153,14 @@ def test_a_folded_repa_file_is_minus_the_public_repa_at_the_mirrored_time(golden
         assert np.abs(REPA.pick(name, ours.detach()) - REPA[name + suffix]).max() <= tol
 
 
+def test_an_embedding_that_somebody_adds_starts_as_the_labels_do():
+    model = SiT(**sit.size("T"), input_size=8, classes=50)
+    model.more = torch.nn.Embedding(50, 128)
+    model.init_weights()
+    for m in (model.more, model.y_embedder["embedding_table"]):
+        assert 0.019 < m.weight.std() < 0.021
+
+
 def test_positions_are_the_public_table():
     for side, name in ((4, "fwd8.sigma.pos_embed"), (8, "fwd16.sigma.pos_embed")):
         assert np.abs(SIT.pick(name, sit.position_table(side, 96)) - SIT[name]).max() < 1e-7

@@ -459,6 +459,17 @@ def test_a_flag_that_is_new_to_a_checkpoint_counts_as_changed(chain, monkeypatch
         call(T, f"{chain.stage1} --steps 4 --mine 0.5 --out {chain.root}/vae")
 
 
+def test_a_frequency_and_a_place_whose_network_is_hashed_may_change(chain, tmp_path, monkeypatch, capsys):
+    add = T.add_run_flags
+    monkeypatch.setattr(
+        T, "add_run_flags", lambda p, **k: p.add_argument("--mine-every", type=int, default=3) and add(p, **k)
+    )
+    shutil.copy(chain.root / "dino.pth", tmp_path / "teacher.pth")
+    words = f"{chain.stage1} --dino {tmp_path}/teacher.pth --steps 4 --mine-every 7 --log-every 3"
+    call(T, f"{words} --out {chain.root}/vae")
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_another_setting_is_refused_by_name(chain):
     with pytest.raises(ValueError, match="--lr 5e-05, not 0.001"):
         call(T, f"{chain.stage1} --steps 4 --lr 1e-3 --out {chain.root}/vae")

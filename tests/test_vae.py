@@ -452,6 +452,16 @@ def test_each_type_of_tensor_reads_as_the_library_wrote_it(tmp_path):
                for k, v in library.load_file(tmp_path / "b.safetensors").items())
 
 
+def test_a_large_file_of_another_kind_is_refused_unread(tmp_path, monkeypatch):
+    """Its first eight bytes, taken for a header's length, would ask for all of it."""
+    parsed = []
+    monkeypatch.setattr(V.json, "loads", parsed.append)
+    (tmp_path / "a.safetensors").write_bytes(b"\x7fELF" + bytes(2) + b"\1\0" + bytes(2**20))
+    with pytest.raises(UserError, match="not a whole weight file"):
+        V.read(tmp_path / "a.safetensors")
+    assert not parsed
+
+
 def test_a_runs_folder_holds_heads_and_statistics(small, tmp_path):
     align, info = V.Align(4, 24, layers=4, hidden=16), {"latents": {"mean": 0.5}}
     small.save(tmp_path / "vae", align, info)
