@@ -142,7 +142,7 @@ def draw(args, guided, norm, indices, y, device):
         return torch.stack([normal(shape, args.seed, purpose, i, *k) for i in indices]).to(device)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-        y, process = torch.as_tensor(y, device=device), process_of(guided)
+        y, process = torch.as_tensor(y, device=device), process_of(guided.model)
         x = process.sample(guided, noise("sample"), y, args.sampler, args.steps, lambda k: noise("step", k))
     return norm.decode(x)
 
@@ -235,8 +235,8 @@ def write_npz(args, file, paint, y, manifest, image_bytes):
     """FILE.npz, by way of OUT/parts/FIRST-LAST.npz for each batch, from which a stopped run goes on -> the
     first latents and images, for the first rank's --tasks."""
     parts, begun = Path(args.out, "parts"), same_manifest(args.out, manifest, "--out")
-    whole = begun and Path(file).is_file()
-    if not all(everyone(whole)):
+    whole = all(everyone(begun and Path(file).is_file()))
+    if not whole:
         if rank() == 0 and not begun:
             check_space(args.out, 2 * args.num * image_bytes, "--out")     # twice, before the parts go
             parts.mkdir(exist_ok=True)
@@ -253,7 +253,7 @@ def write_npz(args, file, paint, y, manifest, image_bytes):
             join_parts(args, file, parts, y)
     if rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)          # none, or what a kill left here
-    print0(f"wrote {file}")
+    print0(f"{file} was there, and is not drawn again: delete it for that" if whole else f"wrote {file}")
     if rank() > 0 or not args.tasks:
         return None, None
     with np.load(file) as arrays:

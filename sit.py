@@ -11,6 +11,7 @@ or "dit", as a field, and each process refuses to sample from the other's model.
 the trainer drops labels.
 """
 import argparse
+import json
 import math
 import re
 import zipfile
@@ -147,7 +148,8 @@ class SiT(nn.Module):
     def __init__(self, depth=28, dim=1152, heads=16, patch=2, input_size=32, channels=4, out_channels=None,
                  classes=1000, process="sit", repa=None):
         super().__init__()
-        self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        own = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.settings = json.loads(json.dumps(own))     # nothing that a checkpoint could not give back
         out_channels = out_channels or (2 * channels if process == "dit" else channels)
         if process not in ("sit", "dit"):
             raise UserError(f"process {process!r}: a model is sit or dit (REPA's files become a sit on load)")
@@ -206,7 +208,7 @@ class SiT(nn.Module):
             if return_tokens and i + 1 == self.repa_block:
                 tokens = self.projectors[0](x)                                   # [B, N, dim]
         x = self.final_layer(x, c)                                               # [B, N, p*p*C]
-        x = x.view(-1, self.grid, self.grid, self.patch, self.patch, self.out_channels)
+        x = x.view(len(x), self.grid, self.grid, self.patch, self.patch, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)              # [B, C, H, W]
         return (x, tokens) if return_tokens else x
 
@@ -233,6 +235,9 @@ class SiT(nn.Module):
             own = state.get("pos_embed", model.pos_embed).dtype
             wide = torch.promote_types(own, torch.float32)                       # not half precision
             model.load_state_dict({k: v.to(wide, copy=True) for k, v in state.items()}, assign=True)
+            tensors = [pair for m in model.modules() for pair in (vars(m) | m._buffers).items()]
+            if empty := [k for k, v in tensors if torch.is_tensor(v) and v.is_meta]:
+                raise ValueError(f"the tensor {empty[0]} is in no checkpoint; make it a persistent buffer")
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(f"{name}: {str(e).splitlines()[:2][-1].strip()[:200]}") from e
         if process == "repa":
@@ -382,7 +387,7 @@ class Guided:
         inside = (s > low - 1e-6) & (s < high + 1e-6)  # [B]; 1e-6: times are float32
         if self.scale == 1 or not inside.any():
             return self.model(x, t, y).to(x.dtype)
-        null = torch.full_like(y, self.classes)
+        null = torch.full_like(y, self.classes)  # as Draws has it in train_sit.py
         both = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         c, u = both.to(x.dtype).chunk(2)  # [B, out_channels, H, W] each
         guided = torch.cat([(u + self.scale * (c - u))[:, :self.guided], c[:, self.guided:]], 1)
@@ -410,8 +415,9 @@ class Flow:
     """The linear path t x + (1 - t) noise, whose velocity x - noise the model predicts (Ma et al. 2024)."""
 
     # Another path a x + b noise: so is noised, and loss compares with a' x + b' noise; score is
-    # (r v - x) / (b^2 - r b b'), r = a / a', and sample has b in the place of 1 - t. Noise prediction: loss
-    # compares with noise, and v = (x - eps) / t, from t = 0.001 on. Another diffusion form: 1 - t in sample.
+    # (r v - x) / (b^2 - r b b'), r = a / a'; sample has b in the place of 1 - t, but x0 is
+    # (b' x - b v) / (a b' - a' b); Guided's s is b / (a + b). Noise prediction: loss compares with noise, and
+    # v = (x - eps) / t, from t = 0.001 on. Another diffusion form: 1 - t in sample.
 
     name = "sit"
     samplers = {"sde": (2, math.inf), "euler": (1, math.inf), "heun": (1, math.inf)}      # fewest, most steps

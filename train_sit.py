@@ -9,7 +9,6 @@ EMA at each milestone.
 """
 import argparse
 import contextlib
-import copy
 import errno
 import functools
 import math
@@ -58,6 +57,7 @@ from vae import (
     save,
     save_checkpoint,
     save_picture,
+    seed_torch,
     shuffled_index,
     start,
     statistics,
@@ -161,6 +161,8 @@ def open_cache(args, vae, images, device, chunk=64):
             barrier()
             encode(args, vae, images, folder, device, chunk, flips)
             barrier()
+    else:
+        print0(f"{folder}: encoded before; delete it where the code that crops or encodes has changed")
     cache, file = Cache(folder, manifest), folder / "statistics.json"
     if not file.is_file() and rank() == 0:
         save(cache.statistics(), file)
@@ -256,6 +258,7 @@ class Draws(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         args, (step, place) = self.args, key
+        seed_torch(args.seed, "torch", step, place)         # torchvision's augmentations resume, too
         i = shuffled_index(args.seed, len(self.cache), step * args.batch + place)
         g = rng(args.seed, "noise", step, place)
         flip, drop, u = g.random(3)
@@ -280,10 +283,12 @@ def build(args, vae, images, device, dtype):
         teacher = load_teacher(args.dino, repa=True).to(device)
         repa = [REPA_DEPTH.get(args.model.split("/")[0], row["depth"] // 3), teacher.dim]
     row |= dict(input_size=args.size // vae.f, channels=vae.z_channels, classes=len(images.classes))
-    torch.manual_seed(int(rng(args.seed, "init").integers(2**31)))
+    seed_torch(args.seed, "init")
     net = SiT(**row, process=args.process, repa=repa).to(device, dtype)
     net.grad_checkpoint = args.checkpointing
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    with torch.device("meta"):                # as sample.py will: what does not build so fails with its line
+        SiT(**net.settings)
+    ema = SiT.load({"settings": net.settings, "ema": net.state_dict()}).requires_grad_(False)
     if args.compile:
         for block in (*net.blocks, net.final_layer, *(teacher.blocks if teacher else ())):
             block.compile()  # one compiled block serves them all: seconds, not minutes
@@ -292,8 +297,10 @@ def build(args, vae, images, device, dtype):
 
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """EMA <- decay * EMA + (1 - decay) * weights, over all parameters at once."""
+    """EMA <- decay * EMA + (1 - decay) * weights, over all parameters at once; buffers are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    for ours, theirs in zip(ema.buffers(), net.buffers()):
+        ours.copy_(theirs)
 
 
 def schedule(step, args):
@@ -365,7 +372,7 @@ def main():
         info["vae"]["beside"] = os.path.relpath(args.vae, args.out)
     reader = {"settings": net.settings, "info": info}                       # what sample.py reads
 
-    model = DDP(net) if world() > 1 else net
+    model = DDP(net) if world() > 1 else net           # all that learns lies in net: DDP and clipping see it
     batches = loader(Draws(cache, images, args), micro_batches(args, start_step), args)
     count = sum(p.numel() for p in net.parameters())
     print0(f"{args.process} {args.model}: {count:,} parameters, {len(cache):,} images, {net.classes} classes")
@@ -378,12 +385,13 @@ def main():
         bar = progress(args.steps * args.batch, "stage 2", done=start_step * args.batch)
         by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)    # sums and counts of the loss
         for step in range(start_step, args.steps):
-            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))  # dropout resumes
             for k in range(accumulation):
                 batch = (v.to(device, non_blocking=True) for v in next(batches))
                 moments, posterior_noise, noise, u, y, pictures = batch
+                seed_torch(args.seed, "torch", step, k, rank())             # so dropout resumes
                 x = norm.encode(Gaussian(moments).sample(posterior_noise)).to(dtype)        # [B,C,h,w]
                 noise, t = noise.to(dtype), process.time(u)                 # sit: t = 0 noise, 1 data
+                assert posterior_noise.shape == noise.shape == x.shape      # others would be broadcast
                 model.require_backward_grad_sync = k == accumulation - 1    # DDP sums gradients once a step
                 with autocast():
                     out, tokens = model(process.noised(x, noise, t), t, y, return_tokens=True)
@@ -416,17 +424,18 @@ def main():
             if done % args.log_every == 0 or done == args.steps:
                 sums, counts = total(by_time).tolist()
                 means = [a / b if b else None for a, b in zip(sums, counts)]
-                log.line(done, {"lr": args.lr * share, **mfu(net, log.rate(done)), "by time": means})
+                rate = optimizer.param_groups[0]["lr"]
+                log.line(done, {"lr": rate, **mfu(net, log.rate(done)), "by time": means})
                 by_time.zero_()
             last = done == args.steps or stopping
-            if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
-                with survive(f"{args.out}/pictures", last):
-                    sample_grid(args, ema, norm, vae, images.classes, f"{args.out}/pictures/{done:07d}.png")
             if rank() == 0 and (done % args.keep == 0 or done == args.steps):
                 with survive(f"{args.out}/{done:07d}.pt", last):
                     save({"step": done, "ema": ema.state_dict(), **reader}, f"{args.out}/{done:07d}.pt")
             if done % args.save_every == 0 or last:
                 save_run(done, last)
+            if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
+                with survive(f"{args.out}/pictures", last):
+                    sample_grid(args, ema, norm, vae, images.classes, f"{args.out}/pictures/{done:07d}.png")
             stop.heed(done)
         bar.close()
     guided = " --cfg 1.8" if net.classes else ""

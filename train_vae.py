@@ -45,6 +45,7 @@ from vae import (
     run_script,
     save_checkpoint,
     save_picture,
+    seed_torch,
     shuffled_index,
     start,
     statistics,
@@ -121,6 +122,7 @@ class PatchGAN(nn.Module):
 
 def align_loss(ours, theirs):
     """Eq. 2: 0.9 (1 - cosine) + 0.1 smooth L1, means over all vectors and elements; features [...,D]."""
+    assert ours.shape == theirs.shape
     cosine = 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
     return 0.9 * cosine + 0.1 * F.smooth_l1_loss(ours, theirs)   # Eq. 2
 
@@ -147,7 +149,7 @@ class Stage1(nn.Module):
 
 def build(args, device, dtype):
     """The networks of a run: VAE with MLPs, teacher, LPIPS, discriminator (None where the weight is 0)."""
-    torch.manual_seed(int(rng(args.seed, "init").integers(2**31)))
+    seed_torch(args.seed, "init")
     if args.init == "none":
         vae = VAE(args.ch, args.mult, args.blocks, args.z_channels)
     else:
@@ -183,6 +185,7 @@ class Draws(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         step, place = key
+        seed_torch(self.seed, "torch", step, place)         # torchvision's augmentations resume, too
         i = shuffled_index(self.seed, len(self.images), step * self.batch + place)
         image, _ = self.images.first_readable(i)
         if rng(self.seed, "flip", step, place).random() < 0.5:
@@ -212,19 +215,16 @@ def picture(stage1, x, theirs, path):
 
 
 @torch.no_grad()
-def latent_statistics(vae, images, seed, device, dtype, n=10000):
-    """Statistics of sampled raw latents of n images drawn by the seed (Table 10)."""
+def sampled_latents(vae, images, seed, device, dtype, n=10000):
+    """This rank's share of raw latents [B,C,h,w] of n images drawn by the seed, for statistics (Table 10)."""
     chosen = rng(seed, "subset").permutation(len(images))[:n][rank()::world()]
     bar = progress(len(chosen), "latent statistics")
-
-    def latents():
-        for part in torch.from_numpy(chosen).split(32):
-            x = torch.stack([images.first_readable(i)[0] for i in part.tolist()])
-            posterior = vae.encode(from_uint8(x).to(device, dtype))
-            noise = torch.stack([normal(posterior.mean.shape[1:], seed, "sample", i) for i in part.tolist()])
-            bar.update(len(part))
-            yield posterior.sample(noise.to(posterior.mean))
-    return statistics(latents())
+    for part in torch.from_numpy(chosen).split(32):
+        x = torch.stack([images.first_readable(i)[0] for i in part.tolist()])
+        posterior = vae.encode(from_uint8(x).to(device, dtype))
+        noise = torch.stack([normal(posterior.mean.shape[1:], seed, "sample", i) for i in part.tolist()])
+        bar.update(len(part))
+        yield posterior.sample(noise.to(posterior.mean))
 
 
 def finish(args, stage1, teacher, images, device, dtype):
@@ -236,7 +236,7 @@ def finish(args, stage1, teacher, images, device, dtype):
             write_safetensors(read(heads), folder / heads.name)
     else:
         info = {"steps": args.steps, "size": args.size, "classes": images.classes, "features": args.features}
-        info["latents"] = stats = latent_statistics(vae, images, args.seed, device, dtype)
+        info["latents"] = stats = statistics(sampled_latents(vae, images, args.seed, device, dtype))
         print0("latents:", *(f" {k} {stats[k]:.4g}" for k in ("mean", "std", "min", "max")))
         info["kl"] = args.kl if stage1.decodes else None
     if teacher is not None:
@@ -304,14 +304,15 @@ def main():
         log = Log(args, start_step, sum(sizes), sum(p.nbytes for p in stage1.parameters()))
         bar = progress(args.steps * args.batch, "stage 1", done=start_step * args.batch)
         for step in range(start_step, args.steps):
-            torch.manual_seed(int(rng(args.seed, "torch", step, rank()).integers(2**31)))  # dropout resumes
             for k in range(accumulation):
                 x, noise = (v.to(device, non_blocking=True) for v in next(batches))
+                seed_torch(args.seed, "torch", step, k, rank())             # so dropout resumes
                 x, noise = from_uint8(x).to(dtype), noise.to(dtype)         # [B,3,H,W] in [-1,1], [B,C,h,w]
                 for net in nets:
                     net.require_backward_grad_sync = k == accumulation - 1  # DDP sums gradients once a step
                 with autocast():
                     posterior, z, recon, patch, cls = model(x, noise)
+                assert noise.shape == z.shape               # another would be broadcast
                 pixel, latent = {}, {}            # name: (weight, 0-d tensor); each is summed and logged
                 if recon is not None:
                     recon = recon.to(dtype)
@@ -322,7 +323,8 @@ def main():
                 if disc is not None:
                     disc.requires_grad_(False)                              # it does not learn here
                     gan = args.gan if step >= args.gan_start else 0.0
-                    # LDM's adaptive weight: times |gradient of mse + lpips| / |of gan| at decoder.conv_out
+                    # LDM's adaptive weight: times |gradient of mse + lpips| / |of gan| at decoder.conv_out;
+                    # a graph that is walked twice wants --no-compile
                     pixel["gan"] = gan, -disc(recon).mean()
                     disc.requires_grad_(True)
                 if teacher is not None:
@@ -358,15 +360,16 @@ def main():
             done = step + 1
             bar.update(args.batch)
             if done % args.log_every == 0 or done == args.steps:
-                log.line(done, {"lr": args.lr * share, "PSNR": reconstruct(stage1.vae, watched)[1]})
+                rate = optimizers[0].param_groups[0]["lr"]
+                log.line(done, {"lr": rate, "PSNR": reconstruct(stage1.vae, watched)[1]})
             last = done == args.steps or stopping
+            if done % args.save_every == 0 or last:
+                save_run(done, last)
             if rank() == 0 and (done % args.picture_every == 0 or done == args.steps):
                 with autocast():
                     theirs = teacher.targets(watched, side)[0] if args.features in ("both", "patch") else None
                 with survive(f"{args.out}/pictures", last):
                     picture(stage1, watched, theirs, f"{args.out}/pictures/{done:07d}.png")
-            if done % args.save_every == 0 or last:
-                save_run(done, last)
             stop.heed(done)
         bar.close()
         stop.restore()

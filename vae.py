@@ -58,9 +58,8 @@ class UserError(ValueError):
 
 
 def arguments(of):
-    """A constructor's arguments, from its locals(): what a file of ours stores, and is built from again."""
-    own = {k: v for k, v in of.items() if k not in ("self", "__class__")}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
+    """A constructor's arguments, from its locals(), as JSON knows them: what a file of ours stores."""
+    return json.loads(json.dumps({k: v for k, v in of.items() if k not in ("self", "__class__")}))
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -824,6 +823,11 @@ def rng(seed, purpose, *key):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
+def seed_torch(seed, purpose, *key):
+    """torch's own generator for what comes next (initialisation, dropout, augmentations), keyed as in rng."""
+    torch.manual_seed(int(rng(seed, purpose, *key).integers(2**31)))
+
+
 def normal(shape, seed, purpose, *key):
     """Standard normal float32 tensor of a shape, keyed as in rng."""
     return torch.from_numpy(rng(seed, purpose, *key).standard_normal(shape, dtype=np.float32))
@@ -877,6 +881,11 @@ def save_picture(images, path, columns=8, names=None):
 MAY_DIFFER = "workers data val vae init cache stats dino vgg lpips".split()   # what lies there is hashed
 
 
+def dashed(name):
+    """The flag whose value is under this name."""
+    return "--" + name.replace("_", "-")
+
+
 def start(args=None):
     """Joins the process group that torchrun describes, if there is one -> this process's device. UserError
     where its processes were given different flags."""
@@ -891,7 +900,7 @@ def start(args=None):
         gpu, wait = device.type == "cuda", datetime.timedelta(hours=12)   # while one downloads or writes
         dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=device if gpu else None)
     flags = vars(args) if args is not None else {}
-    same_for_all({f"--{k.replace('_', '-')}": v for k, v in flags.items() if k not in MAY_DIFFER})
+    same_for_all({dashed(k): v for k, v in flags.items() if k not in MAY_DIFFER})
     return device
 
 
@@ -1089,9 +1098,12 @@ class Log:
         self.sums, self.last, self.since = {}, step, time.time()
 
     def add(self, values, parts=1):
-        """{name: scalar tensor} of a step, or of one of its so many parts."""
+        """{name: number or 0-d tensor} of a step or one of its parts; a step may lack some."""
         for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach().double() / parts
+            v = torch.as_tensor(v).detach().double()
+            if v.ndim:
+                raise ValueError(f"{k} has the shape {list(v.shape)}; the log and the loss take one number")
+            self.sums[k] = self.sums.get(k, 0) + torch.stack([v, torch.ones_like(v)]) / parts
 
     def rate(self, step):
         """Images a second since the last line."""
@@ -1099,8 +1111,8 @@ class Log:
 
     def line(self, step, more):
         """Prints and keeps step, means, images/s, memory and more, {name: value}; then begins anew."""
-        means = total(torch.stack(list(self.sums.values()))) / ((step - self.last) * world())
-        values = {"step": step, **dict(zip(self.sums, means.tolist()))}
+        sums, counts = total(torch.stack([pair.cpu() for pair in self.sums.values()])).unbind(1)
+        values = {"step": step, **dict(zip(self.sums, (sums / counts).tolist()))}
         values |= {"img/s": self.rate(step), "GiB": memory(), **more}
         print0("  ".join(f"{k} {self.short(v)}" for k, v in values.items()))
         if rank() == 0:
@@ -1222,7 +1234,7 @@ def accumulation_steps(args):
     return args.batch // (world() * args.micro)
 
 
-MAY_CHANGE_ON_RESUME = "micro workers keep compile checkpointing".split()         # and what ends in _every
+MAY_CHANGE_ON_RESUME = "micro workers keep compile checkpointing log_every save_every picture_every".split()
 MAY_CHANGE_ON_RESUME += "out data val vae cache stats dino vgg lpips".split()     # what lies there is hashed
 MAY_CHANGE_ON_RESUME += "clip dtype".split()                      # they help where a gradient was not finite
 
@@ -1236,7 +1248,7 @@ def resume(args, flags, hashes, parts):
     """Gives each of the parts what OUT/ckpt.pt holds of it, and returns the rest, {"step": 0} where there is
     none; all ranks must see the same one. UserError where it was made with other flags, hashes or parts. A
     flag that it does not know must have its default, which is said: flags(these) leaves these flags out."""
-    path = whole_checkpoint(args)
+    path, load = whole_checkpoint(args), {name: part.load_state_dict for name, part in parts.items()}
     ckpt = load_file(path) if path.is_file() else None
     missing = {"args", "step", *parts} - set(ckpt if isinstance(ckpt, dict) else ())
     if ckpt is not None and missing:
@@ -1250,18 +1262,18 @@ def resume(args, flags, hashes, parts):
     old = plain(flags(now.keys() - old.keys())) | old                       # flags() are all flags
     longer = ["steps", "epochs"] if args.schedule == "constant" else []     # a constant rate may go on
     for key, value in now.items():
-        if old[key] != value and key not in MAY_CHANGE_ON_RESUME + longer and not key.endswith("_every"):
-            flag = f"--{key.replace('_', '-')} {old[key]}"
-            raise UserError(f"{path} was made with {flag}, not {value}; another --out starts anew")
+        if old[key] != value and key not in MAY_CHANGE_ON_RESUME + longer:
+            was = f"{dashed(key)} {old[key]}"
+            raise UserError(f"{path} was made with {was}, not {value}; another --out starts anew")
     for what, value in hashes.items():
         if ckpt.get(what, value) != value:
             raise UserError(f"{path} was made with another {what}; another --out starts anew")
-    told = [f", --{k} {now[k]} in place of {old[k]}" for k in ("clip", "dtype") if now[k] != old[k]]
-    told += [f", without --{k} {v}, now unknown" for k, v in old.items() if k not in now]
-    told += [f", with --{k} {v}, then unknown" for k, v in now.items() if k not in ckpt["args"]]
+    told = [f", {dashed(k)} {now[k]} in place of {old[k]}" for k in ("clip", "dtype") if now[k] != old[k]]
+    told += [f", without {dashed(k)} {v}, now unknown" for k, v in old.items() if k not in now]
+    told += [f", with {dashed(k)} {v}, then unknown" for k, v in now.items() if k not in ckpt["args"]]
     print0(f"{path}: going on from step {ckpt['step']}" + "".join(told))
-    for name, part in parts.items():
-        part.load_state_dict(ckpt.pop(name))
+    for name in parts:
+        load[name](ckpt.pop(name))
     return ckpt
 
 
@@ -1299,6 +1311,7 @@ def save_checkpoint(args, parts, more, step, last=True, alone=False):
                 with contextlib.suppress(OSError):           # a file system without links keeps one
                     os.link(path, path.with_name("ckpt-before.pt"))
             save({"step": step, "args": plain(args), **states, **more}, path)
+            load_file(path)              # what could not be read again is said now; mapped, it costs nothing
     if not alone:
         barrier()
 

@@ -559,6 +559,24 @@ def test_a_part_that_a_checkpoint_lacks_is_named(chain, tmp_path):
             call(train_sit, chain.stage2, f"--steps 8 --out {tmp_path}/run")
 
 
+class Odd:
+    """A part whose state torch can save, and never loads."""
+
+    def state_dict(self):
+        return {"decay": np.float64(0.5)}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_part_that_could_not_go_on_ends_the_run_when_it_is_saved_or_before(tmp_path):
+    args = argparse.Namespace(out=str(tmp_path), schedule="constant")
+    with pytest.raises(UserError, match="ckpt.pt: the Python object numpy.*scalar in it is never loaded"):
+        vae.save_checkpoint(args, {"odd": Odd()}, {}, 2)
+    with pytest.raises(AttributeError, match="load_state_dict"):
+        vae.resume(args, None, {}, {"mine": object()})
+
+
 @pytest.mark.parametrize("name", ["moments", "labels", "done"])
 def test_a_damaged_cache_is_named(chain, tmp_path, name):
     shutil.copytree(chain.root / "latents", tmp_path / "latents")

@@ -308,11 +308,28 @@ def test_settings_are_the_constructors_arguments_and_build_the_network_again():
     with torch.device("meta"):
         model = SiT(2, 64, 4, input_size=8, channels=16, process="dit", repa=(1, 24))
         assert model.settings == dict(depth=2, dim=64, heads=4, patch=2, input_size=8, channels=16,
-                                      classes=1000, out_channels=None, process="dit", repa=(1, 24))
+                                      classes=1000, out_channels=None, process="dit", repa=[1, 24])
         again = SiT(**model.settings)
     assert [(k, v.shape) for k, v in again.state_dict().items()] == [
         (k, v.shape) for k, v in model.state_dict().items()]
     assert (again.channels, again.out_channels, again.repa_block) == (16, 32, 1) and again.info == {}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        SiT(**size("T"), repa=torch.relu_)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_tensor_that_no_checkpoint_holds_is_named(kind, monkeypatch):
+    """Networks are built empty and then given a file's weights: such a tensor would stay empty."""
+    def init_weights(self):
+        if kind == "buffer":
+            self.final_layer.register_buffer("window", torch.ones(3), persistent=False)
+        else:
+            self.final_layer.window = torch.ones(3)
+
+    monkeypatch.setattr(SiT, "init_weights", init_weights)
+    model = SiT(**size("T"), input_size=8, classes=10)
+    with pytest.raises(UserError, match="the tensor window is in no checkpoint; make it a persistent buffer"):
+        SiT.load({"settings": model.settings, "ema": model.state_dict()})
 
 
 def test_a_new_network_is_initialised_like_dits_and_answers_zero():

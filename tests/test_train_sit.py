@@ -206,6 +206,53 @@ def test_each_group_of_an_optimizer_keeps_its_own_rate(chain, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
+def test_chance_in_the_draws_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer):
+    """As torchvision's augmentations have it: by torch's own generator, in a loader's process or none."""
+    draws = TRAINERS[trainer].Draws
+    item, words = draws.__getitem__, {"train_vae": chain.stage1, "train_sit": chain.stage2}[trainer]
+
+    def shaken(self, key):
+        first, *rest = item(self, key)
+        return ((first + 8 * torch.rand(first.shape)).to(first.dtype), *rest)
+
+    monkeypatch.setattr(draws, "__getitem__", shaken)
+    words += " --schedule constant"
+    call(TRAINERS[trainer], f"{words} --steps 4 --workers 1 --out {tmp_path}/whole")
+    call(TRAINERS[trainer], f"{words} --steps 2 --workers 1 --out {tmp_path}/run")
+    torch.rand(7)
+    call(TRAINERS[trainer], f"{words} --steps 4 --workers 0 --out {tmp_path}/run")
+    whole, run = (torch.load(tmp_path / f"{n}/ckpt.pt", weights_only=True) for n in ("whole", "run"))
+    for part in ("model", "optimizer") if trainer == "train_vae" else ("net", "ema", "optimizer"):
+        assert same(whole[part], run[part])
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_an_error_in_a_picture_comes_after_the_checkpoint(chain, tmp_path, monkeypatch, trainer):
+    words = {"train_vae": chain.stage1, "train_sit": f"{chain.stage2} --keep 2"}[trainer]
+    painter = {"train_vae": "picture", "train_sit": "sample_grid"}[trainer]
+    monkeypatch.setattr(TRAINERS[trainer], painter, lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(TRAINERS[trainer], f"{words} --steps 4 --picture-every 2 --save-every 2 --out {tmp_path}/run")
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 2
+    assert (tmp_path / "run/0000002.pt").exists() == (trainer == "train_sit")
+
+
+@pytest.mark.parametrize("trainer, place", [("train_vae", 1), ("train_sit", 1), ("train_sit", 2)])
+def test_noise_of_another_shape_is_refused(chain, tmp_path, monkeypatch, trainer, place):
+    """One channel would be broadcast to all."""
+    draws = TRAINERS[trainer].Draws
+    item, words = draws.__getitem__, {"train_vae": chain.stage1, "train_sit": chain.stage2}[trainer]
+
+    def thin(self, key):
+        return tuple(v[:1] if k == place else v for k, v in enumerate(item(self, key)))
+
+    monkeypatch.setattr(draws, "__getitem__", thin)
+    with pytest.raises(AssertionError) as e:
+        call(TRAINERS[trainer], f"{words} --steps 2 --out {tmp_path}/run")
+    assert "noise.shape" in str(e.traceback[-1].statement)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_dropout_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer):
     """torch's own generator is seeded at each step: what somebody adds with chance in it resumes, too."""
     build, masks = TRAINERS[trainer].build, []
@@ -325,6 +372,25 @@ def test_ema_is_the_closed_form():
     for _ in range(5):
         T.update_ema(ema, net, 0.9)
     assert ema.weight.item() == pytest.approx(3 - 2 * 0.9**5, rel=1e-6)
+    net, ema = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    net(torch.tensor([[0.0, 1.0], [4.0, 1.0]]))             # its buffers hold means, which nobody learns
+    T.update_ema(ema, net, 0.9)
+    assert torch.allclose(ema.running_mean, torch.tensor([0.2, 0.1])) and ema.num_batches_tracked == 1
+
+
+def test_a_network_that_cannot_be_read_again_fails_before_the_first_step(chain, tmp_path, monkeypatch):
+    """With the line that does it: files are read into a network that is built without memory."""
+    init_weights = sit.SiT.init_weights
+
+    def of_numbers(self):
+        self.rates = [v.item() for v in torch.linspace(0, 0.1, 4)]
+        init_weights(self)
+
+    monkeypatch.setattr(sit.SiT, "init_weights", of_numbers)
+    with pytest.raises(RuntimeError, match="meta tensors") as e:
+        call(T, chain.stage2, f"--steps 2 --out {tmp_path}/sit")
+    assert "of_numbers" in [entry.name for entry in e.traceback]
+    assert not (tmp_path / "sit/ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("process", ["sit", "dit"])

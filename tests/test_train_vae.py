@@ -460,14 +460,18 @@ def test_a_flag_that_is_new_to_a_checkpoint_counts_as_changed(chain, monkeypatch
 
 
 def test_a_frequency_and_a_place_whose_network_is_hashed_may_change(chain, tmp_path, monkeypatch, capsys):
-    add = T.add_run_flags
-    monkeypatch.setattr(
-        T, "add_run_flags", lambda p, **k: p.add_argument("--mine-every", type=int, default=3) and add(p, **k)
-    )
     shutil.copy(chain.root / "dino.pth", tmp_path / "teacher.pth")
-    words = f"{chain.stage1} --dino {tmp_path}/teacher.pth --steps 4 --mine-every 7 --log-every 3"
-    call(T, f"{words} --out {chain.root}/vae")
+    words = f"{chain.stage1} --dino {tmp_path}/teacher.pth --steps 4 --log-every 3 --out {chain.root}/vae"
+    call(T, words)
     assert "is finished" in capsys.readouterr().out
+    add = T.add_run_flags                # how often a penalty is added, say, is another training
+    monkeypatch.setattr(
+        T, "add_run_flags", lambda p, **k: p.add_argument("--r1-every", type=int, default=3) and add(p, **k)
+    )
+    call(T, words)
+    assert ", with --r1-every 3, then unknown" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was made with --r1-every 3, not 7"):
+        call(T, words, "--r1-every 7")
 
 
 def test_another_setting_is_refused_by_name(chain):

@@ -1187,6 +1187,20 @@ def test_a_log_says_what_made_it_at_every_start(tmp_path, monkeypatch, capsys):
         assert first["commit"].removesuffix("-dirty") == head.strip()
 
 
+def test_a_line_holds_the_means_of_the_steps_that_gave_a_value(tmp_path):
+    log = V.Log(SimpleNamespace(out=str(tmp_path), batch=4, steps=8), 0, 0, 0)
+    for step in range(8):
+        for part in range(2):
+            log.add({"loss": torch.tensor(float(step + part))}, 2)
+        if step % 4 == 0:
+            log.add({"penalty": 3.0 + step})                # a number, of two steps of eight
+    log.line(8, {})
+    said = json.loads(open(tmp_path / "log.jsonl").readlines()[-1])
+    assert (said["loss"], said["penalty"]) == (4.0, 5.0)
+    with pytest.raises(ValueError, match=r"mse has the shape \[2, 3\]; the log and the loss take one number"):
+        log.add({"mse": torch.zeros(2, 3)})
+
+
 def no_git(*words, **how):
     raise FileNotFoundError("git")
 
