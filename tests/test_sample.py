@@ -42,7 +42,7 @@ def test_an_image_does_not_depend_on_the_batch(base, tmp_path, batch):
     assert np.abs(pixels.astype(int) - base[1][0]).max() <= 1
 
 
-def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, tmp_path, monkeypatch):
+def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, tmp_path, monkeypatch, capsys):
     """Bitwise: batches and numbers of threads are the same. With other threads the kernels round as with
     other batches."""
     command = f"{base[0].replace('--num ', '--num-images ')} --npz --batch 16"
@@ -66,8 +66,10 @@ def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, t
     assert drawn == [0, 16, 32, 32, 48]                                # what was there is not drawn again
     (tmp_path / "killed/parts").mkdir()  # as a kill while the parts went leaves it
     (tmp_path / "killed/parts/.000000-000015.npz.part").write_bytes(b"half")
+    assert f"wrote {tmp_path}/killed/samples.npz\n" in capsys.readouterr().out
     call(S, command, f"--out {tmp_path}/killed")
     assert len(drawn) == 5 and not (tmp_path / "killed/parts").exists()          # nor when all is there
+    assert "killed/samples.npz was there, and is not drawn again" in capsys.readouterr().out
     monkeypatch.undo()
     run_two("sample.py", f"{command} --out {tmp_path}/two")
     for name in ("killed", "two"):

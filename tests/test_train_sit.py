@@ -46,7 +46,7 @@ def args_of(chain, *words):
 
 
 def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_same(
-    chain, tmp_path, monkeypatch, one_thread
+    chain, tmp_path, monkeypatch, one_thread, capsys
 ):
     vae, data = V.VAE.load(chain.root / "vae"), V.Images(chain.data, 32)
     whole = tmp_path / "whole"
@@ -65,6 +65,9 @@ def test_a_cache_killed_half_way_and_one_of_two_processes_are_byte_for_byte_the_
     monkeypatch.undo()
     assert np.load(tmp_path / "half/done.npy").sum() == 32
     T.open_cache(half, vae, data, "cpu", chunk=16)
+    assert "encoded before" not in capsys.readouterr().out
+    T.open_cache(half, vae, data, "cpu", chunk=16)
+    assert f"{tmp_path}/half: encoded before; delete it where" in capsys.readouterr().out
     assert (whole / "moments.npy").read_bytes() == (tmp_path / "half/moments.npy").read_bytes()
 
     one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "data"
@@ -202,6 +205,7 @@ def test_each_group_of_an_optimizer_keeps_its_own_rate(chain, tmp_path, monkeypa
         share = 0.5 ** (k - 1)
         for optimizer in made:
             assert [group["lr"] for group in optimizer.param_groups] == [1e-4 * share, 1e-3 * share]
+        assert json.loads(open(tmp_path / "run/log.jsonl").readlines()[-1])["lr"] == 1e-4 * share
         made.clear()
 
 
