@@ -48,9 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                           # [B, N, D]
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, D/heads] each
-        x = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads], as q, k, v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -395,9 +394,7 @@ META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}_{1}.pth"
 BACKBONES = {name: META.format(name[:6], "reg4_pretrain" if "_reg" in name else "pretrain") for name in SIZES}
 SEGMENTERS = {f"{n[:6]}_{d}": META.format(n[:6], d + "_linear_head") for n in SIZES for d in HEADS}
 DEPTHS = {"moge-vitl": "https://huggingface.co/Ruicheng/moge-vitl/resolve/main/model.pt"}
-SHA256 = {"vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
-          "vitl14_reg": "8b6364",
-          "moge-vitl": "da96b09a0485a3c45a5aa455e67743c8b4efc4dd8437c1f2aa93c2b4303d957f"}
+SHA256 = {"vitl14": "d5383ea8f4877b24", "vitl14_reg": "8b6364", "moge-vitl": "da96b09a0485a3c4"}  # begin so
 HUB = """embeddings.patch_embeddings.projection patch_embed.proj embeddings.position_embeddings pos_embed
 embeddings.cls cls embeddings.mask mask embeddings.register register encoder.layer blocks lambda1 gamma
 attention.output.dense attn.proj layer_scale ls weights_in w12 weights_out w3 layernorm norm""".split()

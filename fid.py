@@ -94,10 +94,9 @@ POOLS = {"avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_
 class Conv(nn.Module):
     """Convolution, batch norm, ReLU. Padded to keep the size, unless there is a stride or a given padding."""
 
-    def __init__(self, cin, cout, kernel, stride=1, padding=None):
+    def __init__(self, cin, cout, kernel, stride=1, padding="same"):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = [k // 2 if stride == 1 else 0 for k in kernel] if padding is None else padding
+        padding = padding if stride == 1 else 0
         self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(cout, eps=1e-3)
 

@@ -230,11 +230,9 @@ class VAE(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """For training from nothing: residual branches begin at zero, the posterior almost deterministic."""
-        for m in self.modules():
-            if isinstance(m, (ResBlock, Attention)):
-                last = m.conv2 if isinstance(m, ResBlock) else m.to_out[0]
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+        for name, p in self.named_parameters():
+            if ".conv2." in name or ".to_out." in name:      # the last of a ResBlock, of an Attention
+                p.zero_()
         last = self.quant_conv if self.settings["quant"] else self.encoder.conv_out
         last.weight[self.z_channels:].zero_()
         last.bias[self.z_channels:].fill_(-4)                # log variance
@@ -286,8 +284,7 @@ class VAE(nn.Module):
         save(config, folder / "config.json")
         if align is not None:
             write_safetensors(align.state_dict(), folder / "align.safetensors")
-        settings = {"vae": s, "align": None if align is None else align.settings}
-        save({**settings, **(info or {})}, folder / "reals.json")
+        save({"vae": s, "align": align and align.settings, **(info or {})}, folder / "reals.json")
 
 
 # ----------------------------------------------------------------------------- alignment heads and normaliser
@@ -302,11 +299,9 @@ class Align(nn.Module):
         super().__init__()
         self.settings, self.dim = arguments(locals()), dim
         widths = [z_channels] + [hidden or dim] * (layers - 1) + [dim]
-        self.patch, self.cls = self.mlp(widths), self.mlp(widths)     # one seed, one start, whatever is kept
-        if features == "patch":
-            self.cls = None
-        if features == "cls":
-            self.patch = None
+        patch, cls = self.mlp(widths), self.mlp(widths)               # one seed, one start, whatever is kept
+        self.patch = None if features == "cls" else patch
+        self.cls = None if features == "patch" else cls
 
     @staticmethod
     def mlp(widths):
@@ -421,10 +416,10 @@ def statistics(latents, shared=True):
 
 
 STABILITY = "https://huggingface.co/stabilityai/{}/resolve/main/diffusion_pytorch_model.safetensors"
-MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
-PUBLIC = {  # name: (url, file in torch.hub's cache, sha256, bytes)
+MSE_SHA = "a1d993488569e928"
+PUBLIC = {  # name: (url, file in torch.hub's cache, beginning of its sha256, bytes)
     "sd-vae-ft-ema": (STABILITY.format("sd-vae-ft-ema"), "sd-vae-ft-ema.safetensors", None, None),
-    "sd-vae-ft-mse": (STABILITY.format("sd-vae-ft-mse"), "sd-vae-ft-mse.safetensors", MSE_SHA256, 334643276),
+    "sd-vae-ft-mse": (STABILITY.format("sd-vae-ft-mse"), "sd-vae-ft-mse.safetensors", MSE_SHA, 334643276),
 }
 
 

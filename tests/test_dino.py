@@ -368,14 +368,27 @@ def test_targets_are_the_normed_features_of_forward_without_gradients():
 # ------------------------------------------------------------------------------------------------------------
 # bf16 and torch.compile
 
+def rounded(net):
+    """The network in float32 with its parameters, and what each of its layers takes and gives, in bf16."""
+    def to_bf16(x):
+        return x.bfloat16().float() if torch.is_tensor(x) else x
+
+    net = copy.deepcopy(net)
+    for p in net.parameters():
+        p.data = to_bf16(p.data)
+    for layer in (m for m in net.modules() if not [*m.children()]):
+        layer.register_forward_pre_hook(lambda m, given: tuple(map(to_bf16, given)))
+        layer.register_forward_hook(lambda m, given, out: to_bf16(out))
+    return net
+
+
 def assert_bf16_is_rounding(run, low, full):
-    """bf16 keeps 8 bits (a rounding is up to 2^-9): after a few layers the outputs agree to a few per cent at
-    most, in the mean to 1%, and are not equal."""
-    for a, b in zip(run(low), run(full)):
-        a, b = a.detach().float(), b.detach()
-        assert torch.isfinite(a).all()
-        assert relative(a, b) < 0.04
-        assert 1e-5 < (a - b).norm() / b.norm() < 0.01
+    """bf16 keeps 8 bits. How far that takes the outputs is measured by rounding between float32 layers:
+    what sums in bf16 inside its kernels, too, which depends on the machine, may go up to twice as far."""
+    for a, b, c in zip(run(low), run(rounded(full)), run(full)):
+        a, b, c = (x.detach().float() for x in (a, b, c))
+        assert torch.isfinite(a).all() and relative(a, c) < 0.04
+        assert 0.2 < (a - c).norm() / (b - c).norm() < 2
 
 
 @pytest.mark.parametrize("ffn,registers", [("mlp", 4), ("swiglu", 0)])
@@ -385,19 +398,24 @@ def test_bf16_equals_float32_within_rounding(ffn, registers):
     assert_bf16_is_rounding(lambda n: n.targets(images, 8), copy.deepcopy(net).bfloat16(), net)
 
     def auto(n):
-        with torch.autocast("cpu", torch.bfloat16, enabled=n is not net):
+        with torch.autocast("cpu", torch.bfloat16, enabled=n is low):
             return n.targets(images, 8)
-    assert_bf16_is_rounding(auto, copy.deepcopy(net), net)
+    low = copy.deepcopy(net)
+    assert_bf16_is_rounding(auto, low, net)
 
 
 def test_bf16_heads_equal_float32_within_rounding(heads):
+    """To 1% in the mean; a rounding is up to 2^-9."""
     patch = noise(1, 64, 64)
     for head in (Segmenter.load(heads.state("seg")), Depth.load(heads.state("moge"))):
         def auto(n, head=head):
             with torch.autocast("cpu", torch.bfloat16, enabled=n is not head):
                 out = n(patch, 8, 112)
                 return [out.log_softmax(1) if isinstance(n, Segmenter) else out.log()]
-        assert_bf16_is_rounding(auto, copy.deepcopy(head), head)
+        for a, b in zip(auto(copy.deepcopy(head)), auto(head)):
+            a, b = a.detach().float(), b.detach()
+            assert a.isfinite().all() and relative(a, b) < 0.04
+            assert 1e-5 < (a - b).norm() / b.norm() < 0.01
 
 
 @torch.no_grad()
