@@ -112,7 +112,8 @@ def test_commands_of_a_run_and_its_picture(chain, tmp_path):
     with torch.no_grad():
         v = model(x, t, y)
         assert torch.equal(other(x, t, y), v)
-        assert relative(folded.decode(plain.decode(x - v)), vae.decode(norm.decode(x - v))) <= 1e-5
+        z = (x - v).double()                            # float32's own rounding takes the decoder to 4e-5
+        assert relative(folded.double().decode(plain.decode(z)), vae.double().decode(norm.decode(z))) <= 1e-6
 
 
 def test_each_recipe_has_ten_lines_at_most():
