@@ -210,27 +210,6 @@ def test_each_group_of_an_optimizer_keeps_its_own_rate(chain, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_chance_in_the_draws_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer):
-    """As torchvision's augmentations have it: by torch's own generator, in a loader's process or none."""
-    draws = TRAINERS[trainer].Draws
-    item, words = draws.__getitem__, {"train_vae": chain.stage1, "train_sit": chain.stage2}[trainer]
-
-    def shaken(self, key):
-        first, *rest = item(self, key)
-        return ((first + 8 * torch.rand(first.shape)).to(first.dtype), *rest)
-
-    monkeypatch.setattr(draws, "__getitem__", shaken)
-    words += " --schedule constant"
-    call(TRAINERS[trainer], f"{words} --steps 4 --workers 1 --out {tmp_path}/whole")
-    call(TRAINERS[trainer], f"{words} --steps 2 --workers 1 --out {tmp_path}/run")
-    torch.rand(7)
-    call(TRAINERS[trainer], f"{words} --steps 4 --workers 0 --out {tmp_path}/run")
-    whole, run = (torch.load(tmp_path / f"{n}/ckpt.pt", weights_only=True) for n in ("whole", "run"))
-    for part in ("model", "optimizer") if trainer == "train_vae" else ("net", "ema", "optimizer"):
-        assert same(whole[part], run[part])
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
 def test_an_error_in_a_picture_comes_after_the_checkpoint(chain, tmp_path, monkeypatch, trainer):
     words = {"train_vae": chain.stage1, "train_sit": f"{chain.stage2} --keep 2"}[trainer]
     painter = {"train_vae": "picture", "train_sit": "sample_grid"}[trainer]
@@ -257,9 +236,15 @@ def test_noise_of_another_shape_is_refused(chain, tmp_path, monkeypatch, trainer
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_dropout_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer):
-    """torch's own generator is seeded at each step: what somebody adds with chance in it resumes, too."""
-    build, masks = TRAINERS[trainer].build, []
+def test_chance_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer):
+    """torch's own generator is seeded at each image, in a loader's process or none, and at each step: what
+    somebody adds with chance in it, to the draws (as torchvision's augmentations) or the network, resumes."""
+    build, draws, masks = TRAINERS[trainer].build, TRAINERS[trainer].Draws, []
+    item = draws.__getitem__
+
+    def shaken(self, key):
+        first, *rest = item(self, key)
+        return ((first + 8 * torch.rand(first.shape)).to(first.dtype), *rest)
 
     def with_dropout(*args):
         nets = build(*args)
@@ -274,6 +259,7 @@ def test_dropout_goes_on_to_the_same_bits(chain, tmp_path, monkeypatch, trainer)
         first.register_forward_hook(drop)
         return nets
 
+    monkeypatch.setattr(draws, "__getitem__", shaken)
     monkeypatch.setattr(TRAINERS[trainer], "build", with_dropout)
     words = {"train_vae": chain.stage1, "train_sit": chain.stage2}[trainer] + " --schedule constant"
     call(TRAINERS[trainer], f"{words} --steps 4 --workers 1 --out {tmp_path}/whole")
