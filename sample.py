@@ -73,7 +73,8 @@ def flags():
     p.add_argument("--sampler", choices=[*Flow.samplers, *Diffusion.samplers], help="default: sde; DiT: ddpm")
     p.add_argument("--steps", type=count, default=250)
     p.add_argument("--cfg", type=number(0), default=1.0, help="guidance scale; 1: none")
-    p.add_argument("--interval", type=number(0, 1), nargs=2, default=[0, 0.75], help="guided times, 0: data")
+    p.add_argument("--interval", type=number(0, 1), nargs=2, default=[0, 0.75],
+                   help="guided noise times, 0: data")
     p.add_argument("--cfg-channels", type=count, help="guide the first so many channels (3: DiT's, SiT's)")
     p.add_argument("--tasks", nargs="+", choices=["seg", "depth", "pca"], default=[], help="Figure 4")
     p.add_argument("--seg-head", default="vitl14_voc2012", help="a public name (vitl14_ade20k) or a file")

@@ -70,6 +70,9 @@ def test_two_processes_and_a_killed_run_give_the_same_images(base, one_thread, t
     call(S, command, f"--out {tmp_path}/killed")
     assert len(drawn) == 5 and not (tmp_path / "killed/parts").exists()          # nor when all is there
     assert "killed/samples.npz was there, and is not drawn again" in capsys.readouterr().out
+    (tmp_path / "killed/samples.npz").unlink()
+    call(S, command, f"--out {tmp_path}/killed")
+    assert len(drawn) == 9
     monkeypatch.undo()
     run_two("sample.py", f"{command} --out {tmp_path}/two")
     for name in ("killed", "two"):
