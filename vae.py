@@ -1241,8 +1241,8 @@ def plain(args):
 
 def resume(args, flags, hashes, parts):
     """Gives each of the parts what OUT/ckpt.pt holds of it, and returns the rest, {"step": 0} where there is
-    none; all ranks must see the same one. UserError where it was made with other flags, hashes or parts. A
-    flag that it does not know must have its default, which is said: flags(these) leaves these flags out."""
+    none; all ranks must see the same one. UserError where flags, hashes, parts or shapes are others. A flag
+    that it does not know must have its default, which is said: flags(these) leaves these flags out."""
     path, load = whole_checkpoint(args), {name: part.load_state_dict for name, part in parts.items()}
     ckpt = load_file(path) if path.is_file() else None
     missing = {"args", "step", *parts} - set(ckpt if isinstance(ckpt, dict) else ())
@@ -1268,7 +1268,11 @@ def resume(args, flags, hashes, parts):
     told += [f", with {dashed(k)} {v}, then unknown" for k, v in now.items() if k not in ckpt["args"]]
     print0(f"{path}: going on from step {ckpt['step']}" + "".join(told))
     for name in parts:
-        load[name](ckpt.pop(name))
+        try:
+            load[name](ckpt.pop(name))
+        except (RuntimeError, ValueError) as e:                             # torch's, of another shape
+            why = " ".join(str(e).split())[:300]
+            raise UserError(f"{path}: its {name} does not fit ({why}); another --out starts anew") from e
     return ckpt
 
 

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+import vae
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 def pytest_configure(config):
     """These tests compare on a CPU, also where there is a GPU; only those of public weights are for
-    either."""
+    either. Under pytest -n each worker, and what it starts, has one thread: many would stand in line."""
     if config.option.markexpr != "public":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 def gen(key, shape):
@@ -116,16 +121,23 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def call(module, *words):
+def call(module, *words, run=lambda main: main()):
     """A script's main() in this process, with these words as its command line."""
     argv, kept = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [module.__name__ + ".py", *(w for part in words for w in str(part).split())]
     try:
-        module.main()
+        run(module.main)
     finally:
         sys.argv = argv
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def ends(module, *words):
+    """The status that a script's command ends with, in this process."""
+    with pytest.raises(SystemExit) as end:
+        call(module, *words, run=vae.run_script)
+    return end.value.code
 
 
 class Chain:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, ends
 from PIL import Image
 from test_train_sit import run_two
 
@@ -288,7 +288,7 @@ def test_balanced_labels_are_balanced():
         ("--ckpt {root}/dit.pt --process dit --steps 1001", "--steps 1001"),
     ],
 )
-def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, words, says):
+def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, capsys, words, says):
     V.VAE.load(chain.root / "vae").save(tmp_path / "bare")
     V.VAE(16, (1, 2, 4), 1).save(tmp_path / "other")
     torch.save(
@@ -301,13 +301,9 @@ def test_what_does_not_fit_ends_in_one_line(chain, base, tmp_path, words, says):
     command = f"{base[0]} --batch 5 --out {where} " + words.format(
         root=tmp_path, other=tmp_path / "other", bare=tmp_path / "bare"
     )
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), *command.split()], capture_output=True, text=True
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("sample.py: ")]
-    assert done.returncode == 1 and len(lines) == 1 and says in lines[0] and "Traceback" not in done.stderr, (
-        done.stderr
-    )
+    status, said = ends(S, command), capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("sample.py: ")]
+    assert status == 1 and len(lines) == 1 and says in lines[0] and "Traceback" not in said, said
     assert "cfg 3" in words or not (tmp_path / "out").exists()
 
 

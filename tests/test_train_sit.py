@@ -1,7 +1,6 @@
 """Stage 2: the latent cache, the draws, EMA and FLOPs, and how a run resumes, for SiT, DiT and REPA."""
 import json
 import shutil
-import subprocess
 import sys
 import types
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import shapes
 import torch
-from conftest import ROOT, call, relative
+from conftest import ROOT, call, ends, relative
 from test_train_vae import far, gradients, killed_at, logged, run_two, same
 from test_vae import of_today
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -676,13 +675,11 @@ def test_one_process_and_two_agree_for_three_hundred_steps(
         ("--norm std --stats {}/x.json", "x.json"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(chain, tmp_path, words, says):
-    command = f"{chain.stage2} --steps 2 --out {tmp_path}/sit " + words.format(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_sit.py"), *command.split()], capture_output=True, text=True
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train_sit.py: ")]
-    assert done.returncode == 1 and len(lines) == 1 and says in lines[0] and "Traceback" not in done.stderr
+def test_what_is_missing_is_said_in_one_line(chain, tmp_path, capsys, words, says):
+    status = ends(T, f"{chain.stage2} --steps 2 --out {tmp_path}/sit", words.format(tmp_path))
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("train_sit.py: ")]
+    assert status == 1 and len(lines) == 1 and says in lines[0] and "Traceback" not in said
 
 
 def test_a_vae_of_sixteen_channels_from_nothing_goes_through_with_norm_channel(chain, tmp_path):
